@@ -1,0 +1,50 @@
+"""Strict settings for every test, made before the library is imported."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.random as jr
+import pytest
+from jaxtyping import PRNGKeyArray, install_import_hook
+
+# Eight devices on a CPU, for everything that is sharded.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Every annotation of the library is checked, in every test.
+with install_import_hook("eqx_transformer", "beartype.beartype"):
+    import eqx_transformer  # noqa: F401
+    import eqx_transformer.generation
+    import eqx_transformer.interop
+    import eqx_transformer.models  # noqa: F401
+
+
+@pytest.fixture
+def getkey() -> Callable[[], PRNGKeyArray]:
+    """Fresh keys, the same ones in every run."""
+    key = jr.key(2024)
+
+    def next_key() -> PRNGKeyArray:
+        nonlocal key
+        key, subkey = jr.split(key)
+        return subkey
+
+    return next_key
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """64-bit numbers for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped without one, and say so."""
+    if any(device.platform == "gpu" for device in jax.devices()):
+        return
+    skip = pytest.mark.skip(reason="needs a GPU, and this machine has none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
