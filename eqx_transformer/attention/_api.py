@@ -1,0 +1,241 @@
+"""`dot_product_attention`: what attention means, what is checked, and who computes it."""
+
+from typing import Final, Literal, NamedTuple, get_args
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ._chunked import chunked
+from ._inputs import Inputs, make_inputs
+from ._masks import AbstractMask
+from ._reference import reference, weights
+from ._score_mods import ScoreMod
+
+Implementation = Literal["reference", "chunked"]
+"""Who computes attention. All of them compute the same thing, and all derivatives of it.
+
+- `"reference"`: dense, the specification. Memory `O(heads * q_seq * kv_seq)`.
+- `"chunked"`: tile by tile, skipping what the mask excludes. Memory `O(seq)`.
+"""
+
+FEW_QUERIES: Final = 8
+"""Up to this many queries the dense computation is the faster one, and its memory is linear."""
+
+_IMPLEMENTATIONS: Final = {"reference": reference, "chunked": chunked}
+
+
+def dot_product_attention(
+    q: Float[Array, "q_seq heads head_dim"],
+    k: Float[Array, "kv_seq kv_heads head_dim"],
+    v: Float[Array, "kv_seq kv_heads v_dim"],
+    *,
+    mask: AbstractMask | None = None,
+    score_mod: ScoreMod | None = None,
+    scale: float | None = None,
+    q_positions: Int[Array, " q_seq"] | None = None,
+    kv_positions: Int[Array, " kv_seq"] | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "q_seq heads v_dim"]:
+    """Scaled dot-product attention of one example.
+
+    For every query `i` and head `h`, with the key head `g` that `h` belongs to,
+
+        score[j] = score_mod(scale * q[i, h] . k[j, g], i, j, h)    where mask(i, j)
+        out[i, h] = sum_j softmax(score)[j] * v[j, g]
+
+    A query that may attend to nothing gives zeros. Sums are accumulated in float32 or wider.
+    Batches, and anything else with more axes, are `jax.vmap`'s business. (Vaswani et al., 2017;
+    grouped queries: Ainslie et al., 2023.)
+
+    Arguments:
+
+    - `q`, `k`, `v`: queries, keys and values, of one dtype. `heads` must be a multiple of
+        `kv_heads`; consecutive heads share a key head, and keys are not copied for it.
+    - `mask`: who may attend to whom, on absolute positions; `None` means everyone to everyone.
+    - `score_mod`: an elementwise function `(score, q_pos, kv_pos, head) -> score`. Arrays it holds
+        or closes over get gradients.
+    - `scale`: factor on the scores; `1 / sqrt(head_dim)` if not given.
+    - `q_positions`, `kv_positions`: absolute positions, for masks and score mods;
+        `0, 1, 2, ...` if not given. Leave them out where that is what they are: then what the
+        mask excludes is known ahead of time.
+    - `sinks`: a learnable score for each head that takes part in the softmax but carries no value
+        (Xiao et al., 2024; GPT-OSS, 2025).
+    - `dropout_rate`, `dropout_key`: the probability with which an attention weight is dropped.
+        The same key drops the same weights in every implementation.
+    - `implementation`: who computes it. `None` chooses; see `explain_attention`. A named one runs
+        or raises.
+
+    Returns:
+
+    The output, in the dtype of the inputs.
+
+    Raises:
+
+    - `ValueError` for shapes, dtypes, masks or options that do not fit together.
+    """
+    out, _ = attention_and_lse(
+        q,
+        k,
+        v,
+        mask=mask,
+        score_mod=score_mod,
+        scale=scale,
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        implementation=implementation,
+    )
+    return out
+
+
+def attention_and_lse(
+    q: Float[Array, "q_seq heads head_dim"],
+    k: Float[Array, "kv_seq kv_heads head_dim"],
+    v: Float[Array, "kv_seq kv_heads v_dim"],
+    *,
+    mask: AbstractMask | None = None,
+    score_mod: ScoreMod | None = None,
+    scale: float | None = None,
+    q_positions: Int[Array, " q_seq"] | None = None,
+    kv_positions: Int[Array, " kv_seq"] | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "q_seq heads v_dim"], Float[Array, "q_seq heads"]]:
+    """As `dot_product_attention`, and the logarithm of the softmax's denominator besides.
+
+    Two results over disjoint keys can be merged exactly by their log-sum-exps, which is how
+    attention is split over devices or over a cache. Both outputs are differentiable.
+
+    Returns:
+
+    The output, and the log-sum-exp of the scores (sinks included) in float32 or wider; `-inf` for
+    a query that may attend to nothing.
+    """
+    inputs = make_inputs(
+        q,
+        k,
+        v,
+        mask=mask,
+        score_mod=score_mod,
+        scale=scale,
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+    )
+    return _IMPLEMENTATIONS[_choose(inputs, implementation).chosen](inputs)
+
+
+def attention_weights(
+    q: Float[Array, "q_seq heads head_dim"],
+    k: Float[Array, "kv_seq kv_heads head_dim"],
+    *,
+    mask: AbstractMask | None = None,
+    score_mod: ScoreMod | None = None,
+    scale: float | None = None,
+    q_positions: Int[Array, " q_seq"] | None = None,
+    kv_positions: Int[Array, " kv_seq"] | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+) -> Float[Array, "heads q_seq kv_seq"]:
+    """The attention weights themselves, for looking at: dense, in float32 or wider.
+
+    Arguments are those of `dot_product_attention`. Rows sum to one, to less with sinks, and to
+    zero where a query may attend to nothing.
+    """
+    inputs = make_inputs(
+        q,
+        k,
+        jnp.zeros((*k.shape[:2], 0), k.dtype),
+        mask=mask,
+        score_mod=score_mod,
+        scale=scale,
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+        sinks=sinks,
+    )
+    return weights(inputs)[0]
+
+
+class Explanation(NamedTuple):
+    """Which implementation an attention call uses, and why."""
+
+    chosen: Implementation
+    reasons: dict[str, str]
+    """One sentence for every implementation."""
+
+    def __str__(self) -> str:
+        lines = [f"{name:<10} {reason}" for name, reason in self.reasons.items()]
+        return "\n".join([f"attention by {self.chosen!r}:", *lines])
+
+
+def explain_attention(
+    q: Float[Array, "q_seq heads head_dim"],
+    k: Float[Array, "kv_seq kv_heads head_dim"],
+    v: Float[Array, "kv_seq kv_heads v_dim"],
+    *,
+    mask: AbstractMask | None = None,
+    score_mod: ScoreMod | None = None,
+    scale: float | None = None,
+    q_positions: Int[Array, " q_seq"] | None = None,
+    kv_positions: Int[Array, " kv_seq"] | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+    implementation: Implementation | None = None,
+) -> Explanation:
+    """Says which implementation `dot_product_attention` uses for these arguments, and why.
+
+    The decision depends on shapes, dtypes and kinds of mask alone, never on values, and nothing
+    is tried out. Print the result, or read its `chosen` and `reasons`.
+    """
+    inputs = make_inputs(
+        q,
+        k,
+        v,
+        mask=mask,
+        score_mod=score_mod,
+        scale=scale,
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+    )
+    return _choose(inputs, implementation)
+
+
+def _choose(inputs: Inputs, implementation: Implementation | None) -> Explanation:
+    if implementation is not None:
+        if implementation not in _IMPLEMENTATIONS:
+            raise ValueError(
+                f"dot_product_attention: implementation={implementation!r} is not one of "
+                f"{get_args(Implementation)}."
+            )
+        reasons = dict.fromkeys(_IMPLEMENTATIONS, "not asked for")
+        return Explanation(implementation, reasons | {implementation: "asked for by name"})
+    if inputs.q_seq <= FEW_QUERIES:
+        return Explanation(
+            "reference",
+            {
+                "reference": f"q_seq={inputs.q_seq} is at most {FEW_QUERIES}: one row of tiles, "
+                "computed at once",
+                "chunked": "would only add a loop",
+            },
+        )
+    scores = inputs.heads * inputs.q_seq * inputs.kv_seq * inputs.dtype.itemsize
+    return Explanation(
+        "chunked",
+        {
+            "reference": f"q_seq={inputs.q_seq} is more than {FEW_QUERIES}: scores alone would "
+            f"take {scores / 2**20:.1f} MiB",
+            "chunked": "skips what the mask excludes, in memory linear in the sequence",
+        },
+    )

@@ -1,0 +1,95 @@
+"""Every derivative of attention, from three passes.
+
+An implementation supplies a forward pass, its tangent, and the transpose of the tangent; here they
+become one function of which `jax.jvp`, `jax.vjp` and any nesting of them work, under `jit`,
+`vmap`, `scan`, `checkpoint` and `shard_map`. Reverse mode runs the given transpose, so a fused
+backward pass is used wherever JAX asks for a gradient; second derivatives differentiate the
+tangent and the transpose, which therefore are made of differentiable operations, or carry rules.
+
+This is a property of attention as a whole and not of any one kernel: `jax.custom_vjp`, which is
+what attention kernels come with, would make `jax.jvp` an error, and with it implicit solvers,
+Newton's method, Levenberg-Marquardt, and gradients of fixed points.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ._inputs import Inputs
+from ._linear_map import linear_map
+from ._varying import vary_alike
+
+Output = tuple[Float[Array, "q_seq heads v_dim"], Float[Array, "q_seq heads"]]
+"""Attention output and the log-sum-exp of the scores."""
+Tangents = dict[str, Any]
+"""Tangents, or cotangents, of some of `q, k, v, sinks, score_mod`, by name."""
+
+_DIFFERENTIABLE = ("q", "k", "v", "sinks", "score_mod")
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """The three passes of an implementation: module level functions, so that they are hashable.
+
+    Arguments:
+
+    - `forward`: from `Inputs` to output and log-sum-exp.
+    - `tangent`: from `(inputs, out, lse)` and tangents of some inputs to tangents of the output.
+        Those of `q, k, v` are always there; those of `sinks` and `score_mod` where asked for.
+    - `transpose`: from `(inputs, out, lse)`, cotangents of the output, and the names that are
+        wanted, to the cotangents of these.
+    """
+
+    forward: Callable[[Inputs], Output]
+    tangent: Callable[[tuple[Inputs, Array, Array], Tangents], Output]
+    transpose: Callable[[tuple[Inputs, Array, Array], Output, frozenset[str]], Tangents]
+
+    def __call__(self, inputs: Inputs) -> Output:
+        """Runs the forward pass, with every derivative."""
+        return _attend(vary_alike(inputs), passes=self)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transpose:
+    passes: Passes
+    wanted: frozenset[str]
+
+    def __call__(self, residuals: tuple[Inputs, Array, Array], cotangents: Output) -> Tangents:
+        return self.passes.transpose(residuals, cotangents, self.wanted)
+
+
+@eqx.filter_jit
+def _compiled_forward(inputs: Inputs, passes: Passes) -> Output:
+    # Compiled once a structure and shape, also for callers who do not use `jax.jit`.
+    return passes.forward(inputs)
+
+
+@eqx.filter_custom_jvp
+def _attend(inputs: Inputs, *, passes: Passes) -> Output:
+    return _compiled_forward(inputs, passes)
+
+
+@_attend.def_jvp
+def _attend_jvp(primals: Any, tangents: Any, *, passes: Passes) -> tuple[Output, Output]:
+    (inputs,), (dinputs,) = primals, tangents
+    out, lse = _attend(inputs, passes=passes)
+    asked = {}
+    for name in _DIFFERENTIABLE:
+        primal = eqx.filter(getattr(inputs, name), eqx.is_inexact_array)
+        moved = getattr(dinputs, name)
+        if name in ("q", "k", "v") or jax.tree.leaves(moved):
+            asked[name] = jax.tree.map(_explicit, primal, moved, is_leaf=lambda x: x is None)
+    dout = linear_map(
+        passes.tangent, _Transpose(passes, frozenset(asked)), (inputs, out, lse), asked
+    )
+    return (out, lse), dout
+
+
+def _explicit(primal: Array | None, moved: Array | None) -> Array | None:
+    """Spells out a tangent that is symbolically zero."""
+    return jnp.zeros_like(primal) if moved is None and primal is not None else moved

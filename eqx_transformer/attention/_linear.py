@@ -1,0 +1,311 @@
+"""Linear attention: a kernel in place of the softmax, in time and memory linear in the sequence.
+
+Positions are cut into chunks. Within a chunk the scores are dense; what earlier chunks contribute
+is one matrix `sum_j phi(k[j]) v[j]^T` a key head, found for all chunks at once by an associative
+scan. There is no loop over positions, and nothing that JAX could not differentiate by itself.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+
+from .._precision import accumulation_dtype
+from ._inputs import check_arrays, check_mask
+from ._masks import AbstractMask, And, Causal, Padding, Segments
+
+FeatureMap = Callable[[Float[Array, "seq heads head_dim"]], Float[Array, "seq heads features"]]
+"""What `linear_attention` accepts as `feature_map`: it acts on the last axis, may change its size,
+and should return positive numbers. A Module has its array leaves trained."""
+
+
+def elu_plus_one(x: Float[Array, "*axes head_dim"]) -> Float[Array, "*axes head_dim"]:
+    """The feature map `elu(x) + 1` of Katharopoulos et al. (2020), positive everywhere."""
+    # Not `jax.nn.elu(x) + 1`, which in float32 is zero from x = -17 on.
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
+
+
+class RandomFeatures(eqx.Module):
+    """Positive orthogonal random features, with which linear attention estimates softmax attention.
+
+    `phi(x) = exp(w x' - |x'|^2 / 2) / sqrt(num_features)` with `x' = x / head_dim ** (1/4)` has
+    `E[phi(q) . phi(k)] = exp(q . k / sqrt(head_dim))`, where the rows of `w` are normal and
+    orthogonal in blocks of `head_dim`. (Choromanski et al., Rethinking Attention with Performers,
+    2021, lemma 1 and section 2.4.)
+
+    The projection `w` is not a parameter and not a leaf: it is drawn in every call from `seed`,
+    an integer leaf, which optimisers leave alone and checkpoints keep. To redraw it, build another
+    `RandomFeatures`. Exponentials are not rescaled, because a factor for all keys would let future
+    keys into a causal result: keys whose norm exceeds about `13 * head_dim ** (1/4)` underflow in
+    float32.
+
+    Raises:
+
+    - `ValueError` if `num_features` is less than one.
+    """
+
+    seed: UInt32[Array, "2"]
+    num_features: int = eqx.field(static=True)
+
+    def __init__(self, num_features: int, *, key: PRNGKeyArray):
+        if num_features < 1:
+            raise ValueError(f"RandomFeatures: num_features={num_features} must be at least 1.")
+        self.seed = jax.random.bits(key, (2,), jnp.uint32)
+        self.num_features = num_features
+
+    def projection(self, head_dim: int) -> Float[Array, "features head_dim"]:
+        """The rows `w`, in float32."""
+        key = jax.random.wrap_key_data(self.seed, impl="threefry2x32")
+        key_directions, key_norms = jax.random.split(key)
+        blocks = -(-self.num_features // head_dim)
+        gaussian = jax.random.normal(key_directions, (blocks, head_dim, head_dim), jnp.float32)
+        directions, upper = jnp.linalg.qr(gaussian)
+        # Only with a positive diagonal of the other factor are the directions uniform.
+        signs = jnp.where(jnp.diagonal(upper, axis1=1, axis2=2) < 0, -1, 1)
+        directions = (directions * signs[:, None, :].astype(jnp.float32)).mT
+        directions = directions.reshape(-1, head_dim)[: self.num_features]
+        norms = jax.random.normal(key_norms, directions.shape, jnp.float32)
+        return directions * jnp.linalg.norm(norms, axis=-1, keepdims=True)
+
+    def __call__(self, x: Float[Array, "*axes head_dim"]) -> Float[Array, "*axes features"]:
+        """Computes the features of queries or keys."""
+        x = x * x.shape[-1] ** -0.25
+        exponent = jnp.einsum("...d,fd->...f", x, self.projection(x.shape[-1]).astype(x.dtype))
+        exponent -= jnp.sum(x * x, axis=-1, keepdims=True) / 2
+        return jnp.exp(exponent) / math.sqrt(self.num_features)
+
+
+def linear_attention(
+    q: Float[Array, "q_seq heads head_dim"],
+    k: Float[Array, "kv_seq kv_heads head_dim"],
+    v: Float[Array, "kv_seq kv_heads v_dim"],
+    *,
+    mask: AbstractMask | None = None,
+    feature_map: FeatureMap = elu_plus_one,
+    chunk_size: int = 64,
+) -> Float[Array, "q_seq heads v_dim"]:
+    """Linear attention of one example (Katharopoulos et al., 2020, equations 4 to 9).
+
+    For every query `i` and head `h`, with the key head `g` that `h` belongs to,
+
+        weight[j] = phi(q[i, h]) . phi(k[j, g])    where mask(i, j)
+        out[i, h] = sum_j weight[j] * v[j, g] / sum_j weight[j]
+
+    A query that may attend to nothing gives zeros. Time and memory are linear in the sequence, in
+    every derivative too. Score mods do not exist here: there is no score to modify.
+
+    Arguments:
+
+    - `q`, `k`, `v`: as for `dot_product_attention`; `heads` must be a multiple of `kv_heads`.
+    - `mask`: who may attend to whom: `Causal()`, `Padding(valid)`, `Segments(ids)`, any `&` of
+        them, or `None` for everyone to everyone. Segments must be those of one sequence, in
+        non-decreasing order (negative ids, padding, may be anywhere).
+    - `feature_map`: `phi`, applied to queries and keys in float32 or wider.
+    - `chunk_size`: how many positions are computed densely at a time. It changes speed alone.
+
+    Returns:
+
+    The output, in the dtype of the inputs.
+
+    Raises:
+
+    - `ValueError` for shapes that do not fit together, and for a mask without a linear form.
+    - A run-time error if segments are not in order, or differ between queries and keys.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"linear_attention: chunk_size={chunk_size} must be at least 1.")
+    check_arrays(q, k, v, None)
+    (q_seq, heads, _), (kv_seq, kv_heads, _) = q.shape, k.shape
+    rule = _parse(mask, q, k)
+    seen = _attends_to_something(rule)
+    # What padding holds, NaN included, must not enter the products.
+    q = jnp.where(seen[:, None, None], q, 0)
+    k, v = (jnp.where(rule.valid[:, None, None], x, 0) for x in (k, v))
+
+    out_dtype, dtype = q.dtype, accumulation_dtype(q.dtype)
+    q, k = _features(feature_map, q.astype(dtype)), _features(feature_map, k.astype(dtype))
+    k = jnp.where(rule.valid[:, None, None], k, 0)
+    # A factor for a whole query cancels; this one keeps the products from underflowing.
+    size = jax.lax.stop_gradient(jnp.max(jnp.abs(q), axis=-1, keepdims=True, initial=0))
+    q = q / jnp.where(size == 0, 1, size)
+    q = q.reshape(q_seq, kv_heads, heads // kv_heads, q.shape[-1])
+    # A column of ones among the values makes the denominator one more output.
+    v = jnp.concatenate([v.astype(dtype), jnp.ones((kv_seq, kv_heads, 1), dtype)], axis=-1)
+
+    if rule.causal or rule.segmented:
+        out = _chunked(q, k, v, rule, chunk_size)
+    else:
+        out = jnp.einsum("qhgf,hfv->qhgv", q, jnp.einsum("khf,khv->hfv", k, v))
+    total, out = out[..., -1:], out[..., :-1]
+    out = out / jnp.where(total == 0, 1, total)
+    return out.reshape(q_seq, heads, out.shape[-1]).astype(out_dtype)
+
+
+class _Rule(NamedTuple):
+    """A mask that has a linear form: every part of it, spelled out."""
+
+    causal: bool
+    valid: Bool[Array, " kv_seq"]
+    segmented: bool
+    q_ids: Int[Array, " q_seq"]
+    """The segment of every query, negative for padding; all zero without segments."""
+    kv_ids: Int[Array, " kv_seq"]
+
+
+def _parse(
+    mask: AbstractMask | None,
+    q: Float[Array, "q_seq heads head_dim"],
+    k: Float[Array, "kv_seq kv_heads head_dim"],
+) -> _Rule:
+    q_seq, kv_seq = q.shape[0], k.shape[0]
+    rule = _Rule(
+        causal=False,
+        valid=jnp.ones(kv_seq, bool),
+        segmented=False,
+        q_ids=jnp.zeros(q_seq, jnp.int32),
+        kv_ids=jnp.zeros(kv_seq, jnp.int32),
+    )
+    if mask is None:
+        return rule
+    check_mask(mask, q, k, None, None)
+    for part in _conjuncts(mask):
+        if isinstance(part, Causal):
+            rule = rule._replace(causal=True)
+        elif isinstance(part, Padding):
+            rule = rule._replace(valid=rule.valid & part.valid[:kv_seq])
+        elif isinstance(part, Segments) and not rule.segmented:
+            if q_seq != kv_seq:
+                raise ValueError(
+                    f"linear_attention: Segments with q_seq={q_seq} and kv_seq={kv_seq}; segments "
+                    "have a linear form only within one sequence. Use dot_product_attention."
+                )
+            rule = rule._replace(
+                segmented=True, q_ids=part.q_ids[:q_seq], kv_ids=part.kv_ids[:kv_seq]
+            )
+        else:
+            raise ValueError(
+                f"linear_attention: the mask {mask} has no linear form because of {part}; only "
+                "Causal(), Padding, one Segments and any `&` of them have. Use "
+                "dot_product_attention, or leave that part out."
+            )
+    if not rule.segmented:
+        return rule
+    ids = jnp.maximum(rule.kv_ids, -1)
+    wrong = (ids != jnp.maximum(rule.q_ids, -1)) | ((ids >= 0) & (ids < jax.lax.cummax(ids)))
+    ids = eqx.error_if(
+        ids,
+        jnp.any(wrong),
+        "linear_attention: the ids of Segments must be the same for queries and keys, and must not "
+        "decrease along the sequence. Sort the documents, or use dot_product_attention.",
+    )
+    return rule._replace(valid=rule.valid & (ids >= 0), q_ids=ids, kv_ids=ids)
+
+
+def _conjuncts(mask: AbstractMask) -> Iterator[AbstractMask]:
+    if isinstance(mask, And):
+        yield from _conjuncts(mask.left)
+        yield from _conjuncts(mask.right)
+    else:
+        yield mask
+
+
+def _attends_to_something(rule: _Rule) -> Bool[Array, " q_seq"]:
+    """Whether there is a key for each query."""
+    if not (rule.causal or rule.segmented):
+        return jnp.broadcast_to(jnp.any(rule.valid), rule.q_ids.shape)
+    # Segments are in order, so the greatest one met so far is the query's own, if that was met.
+    before = jax.lax.cummax(jnp.where(rule.valid, rule.kv_ids, -1))
+    before = _resize(before, rule.q_ids.shape[0])
+    seen = before == rule.q_ids
+    if not rule.causal:
+        last = jnp.iinfo(rule.kv_ids.dtype).max
+        after = jax.lax.cummin(jnp.where(rule.valid, rule.kv_ids, last), reverse=True)
+        seen |= after == rule.q_ids
+    return seen & (rule.q_ids >= 0)
+
+
+def _resize(x: Int[Array, " kv_seq"], q_seq: int) -> Int[Array, " q_seq"]:
+    """`x` cut, or continued with its last element (-1 where there is none)."""
+    x = jnp.concatenate([jnp.full(1, -1, x.dtype), x])
+    return x[jnp.minimum(jnp.arange(1, q_seq + 1), x.shape[0] - 1)]
+
+
+def _features(
+    feature_map: FeatureMap, x: Float[Array, "seq heads head_dim"]
+) -> Float[Array, "seq heads features"]:
+    out = feature_map(x)
+    if out.shape[:-1] != x.shape[:-1] or out.dtype != x.dtype:
+        raise ValueError(
+            f"linear_attention: feature_map must act on the last axis alone, but turned "
+            f"{x.dtype}{list(x.shape)} into {out.dtype}{list(out.shape)}."
+        )
+    return out
+
+
+def _chunked(
+    q: Float[Array, "q_seq kv_heads group features"],
+    k: Float[Array, "kv_seq kv_heads features"],
+    v: Float[Array, "kv_seq kv_heads columns"],
+    rule: _Rule,
+    chunk_size: int,
+) -> Float[Array, "q_seq kv_heads group columns"]:
+    """Sums of `weight[j] * v[j]` over the keys each query may attend to."""
+    q_seq = q.shape[0]
+    seq = max(q_seq, k.shape[0])
+    chunk_size = max(1, min(chunk_size, seq))
+    chunks = max(1, -(-seq // chunk_size))
+
+    def cut(x: Array, fill: int) -> Array:
+        rest = chunks * chunk_size - x.shape[0]
+        x = jnp.pad(x, ((0, rest), *[(0, 0)] * (x.ndim - 1)), constant_values=fill)
+        return x.reshape(chunks, chunk_size, *x.shape[1:])
+
+    q, k, v = cut(q, 0), cut(k, 0), cut(v, 0)
+    q_ids, kv_ids = cut(rule.q_ids, -1), cut(jnp.where(rule.valid, rule.kv_ids, -1), -1)
+
+    allowed = q_ids[:, :, None] == kv_ids[:, None, :]
+    if rule.causal:
+        allowed &= jnp.tri(chunk_size, dtype=bool)[None]
+    scores = jnp.einsum("cqhgf,ckhf->chgqk", q, k)
+    scores = jnp.where(allowed[:, None, None], scores, 0)
+    out = jnp.einsum("chgqk,ckhv->cqhgv", scores, v)
+    for reverse in (False,) if rule.causal else (False, True):
+        carried, carried_id = _carry(k, v, kv_ids, reverse)
+        continued = (q_ids == carried_id[:, None])[:, :, None, None, None]
+        out += jnp.einsum("cqhgf,chfv->cqhgv", jnp.where(continued, q, 0), carried)
+    return out.reshape(chunks * chunk_size, *out.shape[2:])[:q_seq]
+
+
+def _carry(
+    k: Float[Array, "chunks chunk kv_heads features"],
+    v: Float[Array, "chunks chunk kv_heads columns"],
+    ids: Int[Array, "chunks chunk"],
+    reverse: bool,
+) -> tuple[Float[Array, "chunks kv_heads features columns"], Int[Array, " chunks"]]:
+    """What each chunk takes over from those before it (behind it, with `reverse`).
+
+    That is `sum_j k[j] v[j]^T` over the keys of one segment, the last one that was met, and the
+    id of that segment: segments are in order, so no other one can continue into the chunk.
+    """
+    if reverse:
+        k, v, ids = k[::-1], v[::-1], ids[::-1]
+        last = jnp.iinfo(ids.dtype).max
+        met = jax.lax.cummin(jnp.where(ids < 0, last, ids).min(axis=1))
+    else:
+        met = jax.lax.cummax(ids.max(axis=1))
+    of_last = (ids == met[:, None])[:, :, None, None]
+    sums = jnp.einsum("ckhf,ckhv->chfv", jnp.where(of_last, k, 0), v)
+    continues = jnp.concatenate([jnp.zeros(1, bool), met[1:] == met[:-1]])
+
+    def combine(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+        keep = right[0][:, None, None, None]
+        return left[0] & right[0], jnp.where(keep, left[1], 0) + right[1]
+
+    _, sums = jax.lax.associative_scan(combine, (continues, sums))
+    sums = jnp.concatenate([jnp.zeros_like(sums[:1]), sums[:-1]])
+    met = jnp.concatenate([jnp.full(1, -1, met.dtype), met[:-1]])
+    return (sums[::-1], met[::-1]) if reverse else (sums, met)
