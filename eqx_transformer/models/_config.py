@@ -1,0 +1,122 @@
+"""What the configurations of all models have in common."""
+
+import abc
+import dataclasses
+import difflib
+import json
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+
+Config = TypeVar("Config", bound="AbstractConfig")
+
+
+class AbstractConfig(abc.ABC):
+    """Base of the configurations: frozen, keyword-only dataclasses of plain numbers and strings.
+
+    Subclasses are decorated with `@dataclass(frozen=True, kw_only=True)`. Names and types of the
+    fields are checked here, their values in `check`. Configurations that are equal build equal
+    models.
+    """
+
+    # Run-time type checkers leave the constructor to the checks below, which know more: that an
+    # integer is a fine rope_theta, and which name was meant.
+    __no_type_check__: ClassVar[bool] = True
+
+    # Before `__init__`, which would report an unknown name without a suggestion.
+    def __new__(cls: type[Config], *args: Any, **fields: Any) -> Config:
+        _check_names(cls, fields)
+        return object.__new__(cls)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            value = getattr(self, field.name)
+            if type(value) is int and float in _alternatives(field.type):
+                object.__setattr__(self, field.name, float(value))
+            elif not _fits(value, field.type):
+                raise ValueError(
+                    f"{type(self).__name__}: {field.name}={value!r} (of type "
+                    f"{type(value).__name__}) must be {_describe(field.type)}."
+                )
+        self.check()
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Checks the values of the fields, alone and against each other.
+
+        Raises:
+
+        - `ValueError` saying what is wrong, the numbers, and what to do.
+        """
+
+    def replace(self: Config, **changes: Any) -> Config:
+        """A copy with some fields changed, checked like a new one."""
+        return type(self)(**{**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
+
+    @classmethod
+    def from_dict(cls: type[Config], fields: Mapping[str, Any]) -> Config:
+        """The configuration with these fields; those left out have their defaults.
+
+        Raises:
+
+        - `ValueError` for a name that is no field, or that lacks one without a default.
+        """
+        _check_names(cls, fields)
+        for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
+            if field.default is dataclasses.MISSING and field.name not in fields:
+                raise ValueError(f"{cls.__name__}: {field.name!r} is missing and has no default.")
+        return cls(**fields)
+
+    def to_json(self) -> str:
+        """The fields as a JSON object."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls: type[Config], text: str) -> Config:
+        """The configuration that `to_json` wrote.
+
+        Raises:
+
+        - `ValueError` if `text` is not a JSON object with the right fields.
+        """
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError(f"{cls.__name__}: expected a JSON object, not {text[:40]!r}.")
+        return cls.from_dict(fields)
+
+
+def _check_names(cls: type, names: Iterable[str]) -> None:
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"its fields are {known}."
+            raise ValueError(f"{cls.__name__} has no field {name!r}; {hint}")
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    for option in _alternatives(kind):
+        if get_origin(option) is Literal:
+            if any(type(value) is type(x) and value == x for x in get_args(option)):
+                return True
+        elif isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            return True
+    return False
+
+
+def _describe(kind: Any) -> str:
+    words: list[str] = []
+    for option in _alternatives(kind):
+        if get_origin(option) is Literal:
+            words += [repr(value) for value in get_args(option)]
+        else:
+            words.append("None" if option is types.NoneType else option.__name__)
+    return " or ".join(words)

@@ -1,0 +1,285 @@
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
+
+from .._unbatched import unbatched
+from ..attention import AbstractMask, Prefix, ScoreMod, dot_product_attention
+from ._cache import KVCache
+from ._linear import Linear
+from ._norm import RMSNorm
+from ._rope import RoPE
+
+# Slots of a cache that hold nothing are at position -1. A mask without arrays says so: masks with
+# arrays make attention rewrite keys and values, here the whole cache at every token.
+_WRITTEN = ~Prefix(0)
+
+
+class AbstractAttention(eqx.Module):
+    """What a block asks of a self-attention layer."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        x: Float[Array, "seq d_model"],
+        *,
+        mask: AbstractMask | None = None,
+        positions: Int[Array, " seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "seq d_model"]:
+        """Attends within one sequence.
+
+        Arguments:
+
+        - `x`: the sequence.
+        - `mask`: who may attend to whom, besides what the layer itself forbids.
+        - `positions`: absolute positions; `0, 1, 2, ...` if not given.
+        - `key`: for dropout.
+        """
+
+    @abc.abstractmethod
+    def init_cache(self, max_len: int, dtype: DTypeLike | None = None) -> Any:
+        """An empty cache for `max_len` positions."""
+
+    @abc.abstractmethod
+    def extend(
+        self,
+        x: Float[Array, "seq d_model"],
+        cache: Any,
+        *,
+        mask: AbstractMask | None = None,
+        length: int | Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "seq d_model"], Any]:
+        """Attends from the next positions of a sequence to all of it so far.
+
+        Arguments:
+
+        - `x`: the next positions.
+        - `cache`: what is kept of the earlier ones.
+        - `mask`: as in `__call__`, on absolute positions.
+        - `length`: how many positions of `x` count; the rest is padding. All if not given.
+
+        Returns:
+
+        What `__call__` would give at these positions, and the cache with them added.
+        """
+
+
+class Attention(AbstractAttention):
+    """Multi-head self-attention with grouped queries.
+
+        q, k, v = q_proj(x), k_proj(x), v_proj(x)              split into heads
+        q, k = rope(q_norm(q)), rope(k_norm(k))                 where given
+        y = o_proj(attention(q, k, v))
+
+    `mask` and `score_mod` belong to the architecture (`Causal()` makes a decoder); what depends on
+    the data (padding, documents) is passed in the call and combined with `&`. (Vaswani et al.,
+    2017; grouped queries: Ainslie et al., 2023; normalised queries and keys: Henry et al., 2020.)
+    """
+
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
+    rope: RoPE | None
+    mask: AbstractMask | None
+    score_mod: ScoreMod | None
+    attention_fn: Callable[..., Array]
+    inference: bool
+    head_dim: int = eqx.field(static=True)
+    scale: float | None = eqx.field(static=True)
+    dropout_rate: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope: RoPE | None = None,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-5,
+        mask: AbstractMask | None = None,
+        score_mod: ScoreMod | None = None,
+        scale: float | None = None,
+        use_bias: bool = False,
+        dropout_rate: float = 0.0,
+        attention_fn: Callable[..., Array] = dot_product_attention,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        """Arguments:
+
+        - `d_model`: size of the input and the output.
+        - `num_heads`: how many query heads.
+        - `num_kv_heads`: how many key and value heads, each shared by `num_heads / num_kv_heads`
+            query heads; `num_heads` if not given.
+        - `head_dim`: size of a head; `d_model / num_heads` if not given.
+        - `rope`: rotary positions for queries and keys.
+        - `qk_norm`: whether to normalise queries and keys, each head by an `RMSNorm`.
+        - `norm_eps`: the `eps` of these norms.
+        - `mask`, `score_mod`: what the architecture imposes; see `dot_product_attention`.
+        - `scale`: factor on the scores; `1 / sqrt(head_dim)` if not given.
+        - `use_bias`: whether the four projections have biases.
+        - `dropout_rate`: the probability with which an attention weight is dropped.
+        - `attention_fn`: `dot_product_attention`, or a function with its signature. Choose how it
+            is computed with `eqx.Partial(dot_product_attention, implementation="chunked")`.
+        - `dtype`: of the parameters; the default floating dtype if not given.
+        - `key`: for the initial weights.
+
+        Raises:
+
+        - `ValueError` for sizes that do not divide each other.
+        """
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, size in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            if size < 1:
+                raise ValueError(f"Attention: {name}={size} must be at least 1.")
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"Attention: num_heads={num_heads} is not a multiple of "
+                f"num_kv_heads={num_kv_heads}."
+            )
+        if head_dim is None:
+            if d_model % num_heads:
+                raise ValueError(
+                    f"Attention: d_model={d_model} is not a multiple of num_heads={num_heads}; "
+                    "pass head_dim explicitly."
+                )
+            head_dim = d_model // num_heads
+        if not 0 <= dropout_rate < 1:
+            raise ValueError(
+                f"Attention: dropout_rate={dropout_rate} must be at least 0 and below 1."
+            )
+        q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
+        keys = jax.random.split(key, 4)
+        self.q_proj = Linear(d_model, q_size, use_bias=use_bias, dtype=dtype, key=keys[0])
+        self.k_proj = Linear(d_model, kv_size, use_bias=use_bias, dtype=dtype, key=keys[1])
+        self.v_proj = Linear(d_model, kv_size, use_bias=use_bias, dtype=dtype, key=keys[2])
+        self.o_proj = Linear(q_size, d_model, use_bias=use_bias, dtype=dtype, key=keys[3])
+        self.q_norm = RMSNorm(head_dim, eps=norm_eps, dtype=dtype) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps=norm_eps, dtype=dtype) if qk_norm else None
+        self.rope = rope
+        self.mask = mask
+        self.score_mod = score_mod
+        self.attention_fn = attention_fn
+        self.inference = False
+        self.head_dim = head_dim
+        self.scale = scale
+        self.dropout_rate = dropout_rate
+
+    @jax.named_scope("eqx_transformer.nn.Attention")
+    @unbatched(x="seq d_model")
+    def __call__(
+        self,
+        x: Float[Array, "seq d_model"],
+        *,
+        mask: AbstractMask | None = None,
+        positions: Int[Array, " seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "seq d_model"]:
+        """Attends within one sequence.
+
+        Arguments:
+
+        - `x`: the sequence.
+        - `mask`: who may attend to whom, besides what the layer itself forbids.
+        - `positions`: absolute positions, for `rope`, masks and score mods; `0, 1, 2, ...` if not
+            given. Leave them out where that is what they are.
+        - `key`: for dropout; needed if there is any, unless `inference` is set.
+        """
+        q, k, v = self._project(x, positions)
+        return self._attend(q, k, v, mask, positions, positions, key)
+
+    def init_cache(self, max_len: int, dtype: DTypeLike | None = None) -> KVCache:
+        """An empty cache for `max_len` positions, stored in `dtype` or that of the weights."""
+        dtype = self.k_proj.weight.dtype if dtype is None else dtype
+        num_kv_heads = self.k_proj.weight.shape[-1] // self.head_dim
+        return KVCache.init(max_len, num_kv_heads, self.head_dim, dtype)
+
+    @jax.named_scope("eqx_transformer.nn.Attention.extend")
+    @unbatched(x="seq d_model")
+    def extend(
+        self,
+        x: Float[Array, "seq d_model"],
+        cache: KVCache,
+        *,
+        mask: AbstractMask | None = None,
+        length: int | Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "seq d_model"], KVCache]:
+        """Attends from the next positions of a sequence to all of it so far.
+
+        Arguments:
+
+        - `x`: the next positions: a prompt, a part of one, or one token.
+        - `cache`: the keys and values of the earlier ones.
+        - `mask`: as in `__call__`, on absolute positions `0..max_len-1`.
+        - `length`: how many positions of `x` count; the rest is padding, whose output is
+            meaningless. All if not given.
+
+        Returns:
+
+        What `__call__` would give at these positions, and the cache with them added.
+
+        Raises:
+
+        - An error if they do not fit; see `KVCache.append`.
+        """
+        positions = cache.length + jnp.arange(x.shape[0], dtype=jnp.int32)
+        q, k, v = self._project(x, positions)
+        cache = cache.append(k, v, length)
+        k, v = cache.k.astype(x.dtype), cache.v.astype(x.dtype)
+        mask = _WRITTEN if mask is None else _WRITTEN & mask
+        return self._attend(q, k, v, mask, positions, cache.positions(), None), cache
+
+    def _project(
+        self, x: Float[Array, "seq d_model"], positions: Int[Array, " seq"] | None
+    ) -> tuple[Array, Array, Array]:
+        heads = (x.shape[0], -1, self.head_dim)
+        q, k, v = (p(x).reshape(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None:
+            if positions is None:
+                positions = jnp.arange(x.shape[0], dtype=jnp.int32)
+            q, k = self.rope(q, positions), self.rope(k, positions)
+        return q, k, v
+
+    def _attend(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: AbstractMask | None,
+        q_positions: Array | None,
+        kv_positions: Array | None,
+        key: PRNGKeyArray | None,
+    ) -> Array:
+        dropout_rate = 0.0 if self.inference else self.dropout_rate
+        if dropout_rate > 0 and key is None:
+            raise RuntimeError(
+                f"Attention: dropout_rate={dropout_rate} needs a key; pass key=, or switch dropout "
+                "off with eqx.nn.inference_mode(model)."
+            )
+        if self.mask is not None:
+            mask = self.mask if mask is None else self.mask & mask
+        out = self.attention_fn(
+            q,
+            k,
+            v,
+            mask=mask,
+            score_mod=self.score_mod,
+            scale=self.scale,
+            q_positions=q_positions,
+            kv_positions=kv_positions,
+            dropout_rate=dropout_rate,
+            dropout_key=key if dropout_rate > 0 else None,
+        )
+        return self.o_proj(out.reshape(q.shape[0], -1))

@@ -1,0 +1,111 @@
+"""Keys and values of the positions a model has already seen."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, DTypeLike, Float, Int
+
+
+class KVCache(eqx.Module):
+    """The keys and values of one attention layer, as a value.
+
+    Slot `i` holds position `i`; the first `length` slots are filled. Every method returns a new
+    cache and leaves the old one valid, so a search may fork it and a draft be rolled back.
+    """
+
+    k: Float[Array, "max_len kv_heads head_dim"]
+    v: Float[Array, "max_len kv_heads head_dim"]
+    length: Int[Array, ""]
+
+    @classmethod
+    def init(
+        cls, max_len: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike | None = None
+    ) -> "KVCache":
+        """An empty cache.
+
+        Arguments:
+
+        - `max_len`: how many positions fit.
+        - `num_kv_heads`, `head_dim`: of the keys and values.
+        - `dtype`: what they are stored in; the default floating dtype if not given.
+        """
+        if max_len < 1:
+            raise ValueError(f"KVCache: max_len={max_len} must be at least 1.")
+        empty = jnp.zeros((max_len, num_kv_heads, head_dim), dtype)
+        return cls(empty, empty, jnp.zeros((), jnp.int32))
+
+    @property
+    def max_len(self) -> int:
+        """How many positions fit."""
+        return self.k.shape[0]
+
+    def positions(self) -> Int[Array, " max_len"]:
+        """The absolute position that each slot holds, -1 where it holds none."""
+        slots = jnp.arange(self.max_len, dtype=jnp.int32)
+        return jnp.where(slots < self.length, slots, -1)
+
+    def append(
+        self,
+        k: Float[Array, "seq kv_heads head_dim"],
+        v: Float[Array, "seq kv_heads head_dim"],
+        length: int | Int[Array, ""] | None = None,
+    ) -> "KVCache":
+        """The cache with the keys and values of the next positions.
+
+        Arguments:
+
+        - `k`, `v`: to be stored, in the dtype of the cache.
+        - `length`: how many of them count. The rest is padding: it is not stored, and need not fit.
+
+        Raises:
+
+        - An error, at run time under `jax.jit`, if they do not fit or there are fewer than
+            `length`. Equinox's `EQX_ON_ERROR=nan` turns it into NaN where a check on the host
+            is too slow.
+        """
+        seq = k.shape[0]
+        if seq > self.max_len:
+            raise ValueError(
+                f"KVCache: {seq} positions cannot be appended to a cache of max_len="
+                f"{self.max_len}; make it with a larger max_len."
+            )
+        count = jnp.asarray(seq if length is None else length, jnp.int32)
+        end = self.length + count
+        end = eqx.error_if(
+            end,
+            (end > self.max_len) | (count > seq) | (count < 0),
+            f"KVCache: more positions than max_len={self.max_len}, or a length outside 0..{seq}; "
+            "make the cache with a larger max_len.",
+        )
+        # A slice that sticks out would be shifted back by XLA, over slots that are filled.
+        start = jnp.minimum(self.length, self.max_len - seq)
+
+        def write(old: Any, new: Any) -> Any:
+            new = new.astype(old.dtype)
+            if length is not None:
+                valid = jnp.arange(seq, dtype=jnp.int32) < count
+                new = jnp.where(valid[:, None, None], new, 0)
+                new = jnp.roll(new, self.length - start, axis=0)
+                filled = start + jnp.arange(seq, dtype=jnp.int32) < self.length
+                kept = lax.dynamic_slice_in_dim(old, start, seq)
+                new = jnp.where(filled[:, None, None], kept, new)
+            return lax.dynamic_update_slice_in_dim(old, new, start, axis=0)
+
+        return KVCache(write(self.k, k), write(self.v, v), end)
+
+    def truncate(self, length: int | Int[Array, ""]) -> "KVCache":
+        """The cache with only its first `length` positions, to take back what was appended.
+
+        Raises:
+
+        - An error, at run time under `jax.jit`, if `length` is negative or more than there are.
+        """
+        new = jnp.asarray(length, jnp.int32)
+        new = eqx.error_if(
+            new,
+            (new < 0) | (new > self.length),
+            "KVCache: truncate(length) needs a length from 0 to that of the cache.",
+        )
+        return KVCache(self.k, self.v, new)

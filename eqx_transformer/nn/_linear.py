@@ -1,0 +1,68 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+
+class Linear(eqx.Module):
+    """An affine map of the last axis: `y = x @ weight + bias`.
+
+    The weight is `[in_features, out_features]` and all leading axes, those of an enclosing
+    `jax.vmap` included, are rows of one matrix product. The product is computed in the dtype of
+    `x`, which the parameters are cast to.
+    """
+
+    weight: Float[Array, "in_features out_features"]
+    bias: Float[Array, " out_features"] | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = False,
+        init: jax.nn.initializers.Initializer | None = None,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        """Arguments:
+
+        - `in_features`, `out_features`: sizes of the last axis before and after.
+        - `use_bias`: whether to add a bias, initially zero.
+        - `init`: the initialiser `(key, shape, dtype) -> weight`; if not given, a truncated normal
+            distribution of standard deviation `1 / sqrt(in_features)`.
+        - `dtype`: of the parameters; the default floating dtype if not given.
+        - `key`: for the initial weight.
+        """
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if size < 1:
+                raise ValueError(f"Linear: {name}={size} must be at least 1.")
+        init = jax.nn.initializers.lecun_normal() if init is None else init
+        dtype = jnp.result_type(float) if dtype is None else jnp.dtype(dtype)
+        self.weight = init(key, (in_features, out_features), dtype)
+        self.bias = jnp.zeros((out_features,), dtype) if use_bias else None
+
+    def __call__(
+        self, x: Float[Array, "*batch in_features"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch out_features"]:
+        """Maps the last axis of `x`. `key` is ignored, as in Equinox.
+
+        Raises:
+
+        - `ValueError` if the last axis of `x` is not `in_features` long.
+        """
+        if self.weight.ndim != 2:
+            raise ValueError(
+                f"Linear: weight has {self.weight.ndim} axes {self.weight.shape}, so this is a "
+                "stack of layers; take one of them, e.g. stack[i], or call the stack."
+            )
+        if x.shape[-1:] != self.weight.shape[:1]:
+            raise ValueError(
+                f"Linear: x has shape {x.shape} but in_features={self.weight.shape[0]}; its last "
+                "axis must have that length."
+            )
+        y = x @ self.weight.astype(x.dtype)
+        if self.bias is not None:
+            # Written out because the library also runs with rank promotion forbidden.
+            y = y + jnp.broadcast_to(self.bias.astype(x.dtype), y.shape)
+        return y

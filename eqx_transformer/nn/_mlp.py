@@ -1,0 +1,97 @@
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+from .._unbatched import unbatched
+from ._linear import Linear
+
+
+class MLP(eqx.Module):
+    """Two linear maps with a nonlinearity between: `down(activation(up(x)))`.
+
+    (Vaswani et al., 2017, equation 2.)
+    """
+
+    up_proj: Linear
+    down_proj: Linear
+    activation: Callable[[Array], Array]
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        activation: Callable[[Array], Array] = jax.nn.gelu,
+        use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        """Arguments:
+
+        - `d_model`: size of the input and the output.
+        - `d_ff`: size between the two maps.
+        - `activation`: the nonlinearity, a function or a Module with parameters. Give options
+            with `eqx.Partial`: two lambdas are never equal, so each compiles anew.
+        - `use_bias`: whether the maps have biases.
+        - `dtype`: of the parameters; the default floating dtype if not given.
+        - `key`: for the initial weights.
+        """
+        up_key, down_key = jax.random.split(key)
+        self.up_proj = Linear(d_model, d_ff, use_bias=use_bias, dtype=dtype, key=up_key)
+        self.down_proj = Linear(d_ff, d_model, use_bias=use_bias, dtype=dtype, key=down_key)
+        self.activation = activation
+
+    @jax.named_scope("eqx_transformer.nn.MLP")
+    @unbatched(x="seq d_model")
+    def __call__(
+        self, x: Float[Array, "seq d_model"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "seq d_model"]:
+        """Maps every position on its own. `key` is ignored, as in Equinox."""
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
+class GatedMLP(eqx.Module):
+    """An MLP with a multiplicative gate: `down(activation(gate(x)) * up(x))`.
+
+    With the default activation this is SwiGLU. (Shazeer, 2020, equation 6.)
+    """
+
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+    activation: Callable[[Array], Array]
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        activation: Callable[[Array], Array] = jax.nn.silu,
+        use_bias: bool = False,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        """Arguments:
+
+        - `d_model`: size of the input and the output.
+        - `d_ff`: size of the gate and of what it multiplies.
+        - `activation`: applied to the gate; see `MLP`.
+        - `use_bias`: whether the three maps have biases.
+        - `dtype`: of the parameters; the default floating dtype if not given.
+        - `key`: for the initial weights.
+        """
+        gate_key, up_key, down_key = jax.random.split(key, 3)
+        self.gate_proj = Linear(d_model, d_ff, use_bias=use_bias, dtype=dtype, key=gate_key)
+        self.up_proj = Linear(d_model, d_ff, use_bias=use_bias, dtype=dtype, key=up_key)
+        self.down_proj = Linear(d_ff, d_model, use_bias=use_bias, dtype=dtype, key=down_key)
+        self.activation = activation
+
+    @jax.named_scope("eqx_transformer.nn.GatedMLP")
+    @unbatched(x="seq d_model")
+    def __call__(
+        self, x: Float[Array, "seq d_model"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "seq d_model"]:
+        """Maps every position on its own. `key` is ignored, as in Equinox."""
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,90 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+from .._precision import accumulation_dtype
+
+
+class RMSNorm(eqx.Module):
+    """Root mean square normalisation of the last axis: `weight * x / sqrt(mean(x**2) + eps)`.
+
+    Computed in float32 or wider, returned in the dtype of `x`. There is no bias. (Zhang and
+    Sennrich, 2019, equation 4.)
+    """
+
+    weight: Float[Array, " size"]
+    eps: float = eqx.field(static=True)
+
+    def __init__(self, size: int, *, eps: float = 1e-5, dtype: DTypeLike | None = None):
+        """Arguments:
+
+        - `size`: length of the last axis.
+        - `eps`: added to the mean square.
+        - `dtype`: of the weight, which is initially one; the default floating dtype if not given.
+        """
+        _check("RMSNorm", size, eps)
+        self.weight = jnp.ones((size,), dtype)
+        self.eps = eps
+
+    def __call__(
+        self, x: Float[Array, "*batch size"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch size"]:
+        """Normalises the last axis of `x`. `key` is ignored, as in Equinox."""
+        h = x.astype(accumulation_dtype(x.dtype))
+        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
+        return (h * _along_last(self.weight, h)).astype(x.dtype)
+
+
+class LayerNorm(eqx.Module):
+    """Layer normalisation of the last axis: `weight * (x - mean) / sqrt(var + eps) + bias`.
+
+    Computed in float32 or wider, returned in the dtype of `x`. (Ba et al., 2016, equation 4.)
+    """
+
+    weight: Float[Array, " size"]
+    bias: Float[Array, " size"] | None
+    eps: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        eps: float = 1e-5,
+        use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+    ):
+        """Arguments:
+
+        - `size`: length of the last axis.
+        - `eps`: added to the variance.
+        - `use_bias`: whether to add a bias, initially zero.
+        - `dtype`: of the parameters; the default floating dtype if not given.
+        """
+        _check("LayerNorm", size, eps)
+        self.weight = jnp.ones((size,), dtype)
+        self.bias = jnp.zeros((size,), dtype) if use_bias else None
+        self.eps = eps
+
+    def __call__(
+        self, x: Float[Array, "*batch size"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch size"]:
+        """Normalises the last axis of `x`. `key` is ignored, as in Equinox."""
+        h = x.astype(accumulation_dtype(x.dtype))
+        h = h - jnp.mean(h, axis=-1, keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
+        h = h * _along_last(self.weight, h)
+        if self.bias is not None:
+            h = h + _along_last(self.bias, h)
+        return h.astype(x.dtype)
+
+
+def _check(name: str, size: int, eps: float) -> None:
+    if size < 1:
+        raise ValueError(f"{name}: size={size} must be at least 1.")
+    if eps < 0:
+        raise ValueError(f"{name}: eps={eps} must not be negative.")
+
+
+def _along_last(parameter: Float[Array, " size"], x: Float[Array, "*batch size"]) -> Array:
+    return jnp.broadcast_to(parameter.astype(x.dtype), x.shape)

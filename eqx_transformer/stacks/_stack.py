@@ -1,0 +1,206 @@
+import dataclasses
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
+
+from .._scan import filter_scan
+from .._unbatched import unbatched
+from ..attention import AbstractMask
+from ._block import AbstractBlock
+
+Remat = bool | Callable[..., Any] | None
+
+
+class Stack(eqx.Module):
+    """Blocks applied one after another, with depth as an axis.
+
+    All blocks live in one: every array of `blocks` has a leading axis, one entry a layer, and the
+    stack scans over it. So tracing and compiling take the same time for two layers and for a
+    hundred, and an optimiser sees few leaves. Mind that parameters have one axis more than in a
+    layer: the weight of a norm has two.
+
+    A pattern of different layers (five local, one global) is a block made of blocks.
+    """
+
+    blocks: AbstractBlock
+    num_layers: int = eqx.field(static=True)
+    remat: Remat = eqx.field(static=True)
+    unroll: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        make_block: Callable[..., AbstractBlock],
+        num_layers: int,
+        *,
+        remat: Remat = None,
+        unroll: int = 1,
+        key: PRNGKeyArray,
+    ):
+        """Arguments:
+
+        - `make_block`: `make_block(key=key)` builds one block. It is traced once, for all layers.
+        - `num_layers`: how many blocks.
+        - `remat`: what reverse mode keeps of each block. `None`: all it needs. `True`: only the
+            input, and the block is computed again. A policy of `jax.checkpoint_policies`: the
+            input and what the policy says.
+        - `unroll`: how many blocks make one iteration of the loop; more compiles for longer and
+            can run faster, above all on a CPU. Parameters are stacked either way.
+        - `key`: split once for each layer, so that no two begin alike.
+        """
+        if num_layers < 1:
+            raise ValueError(f"Stack: num_layers={num_layers} must be at least 1.")
+        if unroll < 1:
+            raise ValueError(f"Stack: unroll={unroll} must be at least 1.")
+        keys = jax.random.split(key, num_layers)
+        self.blocks = eqx.filter_vmap(lambda key: make_block(key=key))(keys)
+        self.num_layers = num_layers
+        self.remat = remat
+        self.unroll = unroll
+
+    @classmethod
+    def from_layers(
+        cls, layers: Sequence[AbstractBlock], *, remat: Remat = None, unroll: int = 1
+    ) -> "Stack":
+        """Stacks blocks that exist already, e.g. to put back what `unstack` took apart.
+
+        Raises:
+
+        - `ValueError` if there are none, or they differ in anything but the values of arrays.
+        """
+        layers = list(layers)
+        if not layers:
+            raise ValueError("Stack.from_layers: there must be at least one layer.")
+        blocks = _stacked(layers)
+        # The constructor is the only way to make a Module; what it builds is replaced.
+        stack = cls(
+            lambda *, key: layers[0],
+            len(layers),
+            remat=remat,
+            unroll=unroll,
+            key=jax.random.key(0),
+        )
+        return eqx.tree_at(lambda stack: stack.blocks, stack, blocks)
+
+    @jax.named_scope("eqx_transformer.stacks.Stack")
+    @unbatched(x="seq d_model")
+    def __call__(
+        self,
+        x: Float[Array, "seq d_model"],
+        *,
+        mask: AbstractMask | None = None,
+        positions: Int[Array, " seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "seq d_model"]:
+        """Applies the blocks in order.
+
+        Arguments:
+
+        - `x`: the sequence.
+        - `mask`: who may attend to whom, in every block, besides what the block itself forbids.
+        - `positions`: absolute positions; `0, 1, 2, ...` if not given.
+        - `key`: for dropout; split once for each layer.
+        """
+        keys = None if key is None else jax.random.split(key, self.num_layers)
+
+        def step(x: Array, layer: tuple[AbstractBlock, Any]) -> tuple[Array, None]:
+            block, key = layer
+            return block(x, mask=mask, positions=positions, key=key), None
+
+        xs = (self.blocks, keys)
+        x, _ = filter_scan(step, x, xs, self.num_layers, unroll=self.unroll, remat=self.remat)
+        return x
+
+    def init_cache(self, max_len: int, dtype: DTypeLike | None = None) -> Any:
+        """Empty caches for `max_len` positions, stacked like the blocks."""
+        init = eqx.filter_vmap(
+            lambda block: block.init_cache(max_len, dtype), axis_size=self.num_layers
+        )
+        return init(self.blocks)
+
+    @jax.named_scope("eqx_transformer.stacks.Stack.extend")
+    @unbatched(x="seq d_model")
+    def extend(
+        self,
+        x: Float[Array, "seq d_model"],
+        cache: Any,
+        *,
+        mask: AbstractMask | None = None,
+        length: int | Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "seq d_model"], Any]:
+        """Maps the next positions of a sequence, given the caches of the earlier ones.
+
+        Arguments and results are those of `AbstractBlock.extend`.
+        """
+
+        def step(x: Array, layer: tuple[AbstractBlock, Any]) -> tuple[Array, Any]:
+            block, cache = layer
+            return block.extend(x, cache, mask=mask, length=length)
+
+        xs = (self.blocks, cache)
+        return filter_scan(step, x, xs, self.num_layers, unroll=self.unroll)
+
+    def __len__(self) -> int:
+        return self.num_layers
+
+    def __getitem__(self, index: int) -> AbstractBlock:
+        """Layer `index` on its own; negative indices count from the last."""
+        i = operator.index(index)
+        if not -self.num_layers <= i < self.num_layers:
+            raise IndexError(f"Stack: no layer {i}; there are num_layers={self.num_layers}.")
+        return jax.tree.map(lambda x: x[i] if eqx.is_array(x) else x, self.blocks)
+
+    def __iter__(self) -> Iterator[AbstractBlock]:
+        return iter(self.unstack())
+
+    def unstack(self) -> tuple[AbstractBlock, ...]:
+        """The layers, each on its own. `Stack.from_layers` is the way back."""
+        return tuple(self[i] for i in range(self.num_layers))
+
+
+def _stacked(layers: list[AbstractBlock]) -> AbstractBlock:
+    first, structure = jax.tree_util.tree_flatten_with_path(layers[0])
+    columns = [[leaf] for _, leaf in first]
+    for i, layer in enumerate(layers[1:], start=1):
+        leaves, other = jax.tree.flatten(layer)
+        if other != structure:
+            raise ValueError(
+                f"Stack.from_layers: layer {i} differs from layer 0 at "
+                f"{_difference(layer, layers[0])}."
+            )
+        for (path, reference), leaf, column in zip(first, leaves, columns, strict=True):
+            if _kind(leaf) != _kind(reference):
+                raise ValueError(
+                    f"Stack.from_layers: layer {i} differs from layer 0 at "
+                    f"{jax.tree_util.keystr(path)}: {_describe(leaf)} instead of "
+                    f"{_describe(reference)}."
+                )
+            column.append(leaf)
+    stacked = [jnp.stack(c) if eqx.is_array(c[0]) else c[0] for c in columns]
+    return jax.tree.unflatten(structure, stacked)
+
+
+def _difference(x: Any, reference: Any, path: str = "") -> str:
+    """Where two PyTrees differ in structure: the first field, down to the smallest Module."""
+    if isinstance(x, eqx.Module) and type(x) is type(reference):
+        for field in dataclasses.fields(x):
+            a, b = getattr(x, field.name), getattr(reference, field.name)
+            if field.metadata.get("static", False):
+                differ = a != b
+            else:
+                differ = jax.tree.structure(a) != jax.tree.structure(b)
+            if differ:
+                return _difference(a, b, f"{path}.{field.name}")
+    return f"{path}: {eqx.tree_pformat(x)} instead of {eqx.tree_pformat(reference)}"
+
+
+def _kind(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype) if eqx.is_array(leaf) else leaf
+
+
+def _describe(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}" if eqx.is_array(leaf) else repr(leaf)
