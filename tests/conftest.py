@@ -14,7 +14,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Every annotation of the library is checked, in every test.
 with install_import_hook("eqx_transformer", "beartype.beartype"):
-    import eqx_transformer  # noqa: F401
+    import eqx_transformer
     import eqx_transformer.generation
     import eqx_transformer.interop
     import eqx_transformer.models  # noqa: F401

@@ -217,7 +217,11 @@ def test_no_failure_is_swallowed():
     for path, tree in sources(PACKAGE):
         for node in ast.walk(tree):
             if isinstance(node, ast.ExceptHandler):
-                names = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)} if node.type else {""}
+                names = (
+                    {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
+                    if node.type
+                    else {""}
+                )
                 assert not names & {"", "Exception", "BaseException"} or any(
                     isinstance(n, ast.Raise) for n in ast.walk(node)
                 ), f"{path}:{node.lineno} catches everything"

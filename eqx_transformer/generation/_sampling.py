@@ -1,0 +1,66 @@
+"""From logits to a token."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+Number = float | int | Float[Array, ""] | Int[Array, ""]
+"""A number, or an array of one, which does not compile anew when it changes."""
+
+
+def filter_top_k(logits: Float[Array, " vocab"], k: Number) -> Float[Array, " vocab"]:
+    """Keeps the `k` largest logits, the first ones among equals; the others become `-inf`."""
+    return jnp.where(_ranks(logits) < jnp.asarray(k).astype(jnp.int32), logits, -jnp.inf)
+
+
+def filter_top_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vocab"]:
+    """Keeps the fewest tokens whose probabilities sum to at least `p`; at least one.
+
+    (Nucleus sampling: Holtzman et al., 2020.)
+    """
+    order = jnp.argsort(-logits, stable=True)
+    probabilities = jax.nn.softmax(logits)[order]
+    before = jnp.cumsum(probabilities) - probabilities
+    # The first one stays also where rounding, or `p = 0`, would drop it.
+    kept = (before < jnp.asarray(p).astype(before.dtype)).at[0].set(True)
+    return jnp.where(kept[_ranks(logits)], logits, -jnp.inf)
+
+
+def filter_min_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vocab"]:
+    """Keeps tokens at least `p` times as probable as the most probable one.
+
+    (Nguyen et al., 2024.)
+    """
+    least = logits.max() + jnp.log(jnp.asarray(p).astype(logits.dtype))
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def sample(
+    logits: Float[Array, " vocab"],
+    key: PRNGKeyArray,
+    *,
+    temperature: Number = 1.0,
+    top_k: Number | None = None,
+    top_p: Number | None = None,
+    min_p: Number | None = None,
+) -> Int[Array, ""]:
+    """Draws a token.
+
+    Logits are divided by `temperature` and then filtered, in the order of the arguments. The
+    temperature 0 gives the most probable token.
+    """
+    temperature = jnp.asarray(temperature).astype(logits.dtype)
+    scaled = logits / jnp.where(temperature > 0, temperature, 1)
+    if top_k is not None:
+        scaled = filter_top_k(scaled, top_k)
+    if top_p is not None:
+        scaled = filter_top_p(scaled, top_p)
+    if min_p is not None:
+        scaled = filter_min_p(scaled, min_p)
+    drawn = jax.random.categorical(key, scaled)
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits)).astype(jnp.int32)
+
+
+def _ranks(logits: Float[Array, " vocab"]) -> Int[Array, " vocab"]:
+    """The place of every logit in descending order."""
+    return jnp.argsort(jnp.argsort(-logits, stable=True), stable=True)
