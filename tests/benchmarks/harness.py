@@ -1,0 +1,33 @@
+"""Interleaved timing: what is compared runs in turn, so that a noisy machine disturbs all alike."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def interleaved(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every candidate in every round, after one untimed call of each.
+
+    The order is reversed from one round to the next, so that none always follows the same one.
+    """
+    for run in candidates.values():
+        jax.block_until_ready(run())
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    for index in range(rounds):
+        for name in names if index % 2 == 0 else names[::-1]:
+            start = time.perf_counter()
+            jax.block_until_ready(candidates[name]())
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(seconds: dict[str, list[float]], baseline: str) -> dict[str, float]:
+    """Median over the rounds of each candidate's time as a share of the baseline's."""
+    return {
+        name: statistics.median(x / y for x, y in zip(values, seconds[baseline], strict=True))
+        for name, values in seconds.items()
+    }
