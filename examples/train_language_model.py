@@ -166,9 +166,11 @@ class History:
         if self.held_out:
             axes.plot(*zip(*self.held_out, strict=True), "o-", color="tab:orange", label="held out")
             step, cost = self.held_out[-1]
-            axes.annotate(f"{cost:.2f}", (step, cost), (0, 8), textcoords="offset points")
-        axes.set(xlabel="step", ylabel="bits per byte", title="A language model of Python's source")
-        axes.set_ylim(1.5, 8.5)
+            axes.annotate(
+                f"{cost:.2f}", (step, cost), (0, 10), textcoords="offset points", ha="right"
+            )
+        axes.set(xlabel="step", ylabel="bits per byte", title="Cost of a byte, by step of training")
+        axes.set_ylim(bottom=1.0)
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(path, dpi=150)
@@ -287,6 +289,8 @@ def run(args: argparse.Namespace) -> int:
             num_heads=args.num_heads,
             num_kv_heads=args.num_kv_heads,
             max_len=max_len,
+            # Samples may be longer than rows: no position sees further than in training.
+            window=args.context,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -197,6 +197,8 @@ def test_public_names_are_documented():
 
 def test_no_public_signature_takes_any_keyword():
     for module, name, value in public_names():
+        if getattr(value, "_is_protocol", False):
+            continue  # says what others have; its own __init__ is typing's
         if inspect.isclass(value) and value.__module__.startswith("eqx_transformer"):
             members = [(f"{name}.{k}", v) for k, v in vars(value).items() if inspect.isfunction(v)]
             functions = [(k, v) for k, v in members if k.split(".")[1] in ("__init__", "__call__")]
