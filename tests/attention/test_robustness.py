@@ -35,7 +35,7 @@ from .test_masks import expressions
 
 SEQ, HEADS, KV_HEADS, DIM = 11, 4, 2, 3
 
-# --- Padding holds anything ----------------------------------------------------------------------
+# --- Padding, which is what a mask with arrays excludes, holds anything ---
 
 _VALID = np.array([1, 1, 0, 1, 1, 1, 1, 0, 0, 0, 0], bool)
 _RAGGED = np.random.default_rng(0).random((SEQ, SEQ)) < 0.5
@@ -48,25 +48,14 @@ PADDED = {
         "mask": attn.Segments(jnp.asarray([0] * SEQ), jnp.asarray(np.where(_VALID, 0, -1)))
     },
     "dense": {"mask": attn.Dense(jnp.asarray(_RAGGED & _VALID[None]))},
-    "prefix": {"mask": attn.Prefix(6)},
-    "prefix_traced": {"mask": attn.Prefix(jnp.int32(6))},
-    "groups": {"mask": attn.TokenGroups((6, 5), [[1, 0], [1, 0]])},
-    "predicate": {"mask": attn.Predicate(lambda i, j: jnp.asarray(_VALID)[j])},
-    # The part of a cache that has not been written yet.
-    "cache": {"mask": attn.Causal(), "q_positions": jnp.full((SEQ,), 5, jnp.int32)},
-    "cache_window": {
-        "mask": attn.SlidingWindow(3, 0),
-        "q_positions": jnp.array([5] * SEQ),
-        "kv_positions": _SLOTS,
-    },
+    "prefix": {"mask": attn.Prefix(jnp.int32(6))},
 }
 
 
 def _garbage(name):
     """Which keys nobody attends to."""
-    case = PADDED[name]
-    q_pos, kv_pos = case.get("q_positions", _SLOTS), case.get("kv_positions", _SLOTS)
-    allowed = jnp.broadcast_to(case["mask"](q_pos[:, None], kv_pos[None, :]), (SEQ, SEQ))
+    mask = PADDED[name]["mask"]
+    allowed = jnp.broadcast_to(mask(_SLOTS[:, None], _SLOTS[None, :]), (SEQ, SEQ))
     unused = ~np.asarray(allowed).any(axis=0)
     assert unused.any() and not unused.all()
     return unused
@@ -88,10 +77,7 @@ def _everything(implementation, options):
 @pytest.mark.parametrize("implementation", [REFERENCE, CHUNKED_SMALL], ids=str)
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(x, marks=[] if x in ("padding", "dense", "cache") else pytest.mark.slow)
-        for x in PADDED
-    ],
+    [pytest.param(x, marks=[] if x in ("padding", "dense") else pytest.mark.slow) for x in PADDED],
 )
 def test_what_padding_holds_is_nobodys_business(name, implementation):
     """NaN and infinity in keys and values, and in their tangents, change nothing at all."""
