@@ -257,7 +257,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--text", type=Path, metavar="FILE", help="train on this file (default: Python's source)")
+    add("--text", type=Path, metavar="FILE", help="train on this file instead of Python's source")
     add("--output", type=Path, default=Path("runs/language_model"), help="where results go")
     add("--steps", type=positive, default=800, help="steps of the optimiser")
     add("--batch", type=positive, default=8, help="rows of text in a step")
