@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
@@ -59,3 +60,10 @@ LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
 def test_links_lead_somewhere(page):
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_tables_are_up_to_date():
+    """Those that a script writes say what the code says today."""
+    script = run_path(str(ROOT / "docs" / "scripts" / "implementation_table.py"))
+    page = script["PAGE"].read_text()
+    assert script["with_table"](page) == page

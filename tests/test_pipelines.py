@@ -16,6 +16,7 @@ import optimistix
 import pytest
 
 from eqx_transformer.attention import Causal, _chunked, dot_product_attention
+from eqx_transformer.attention._tiles import Tiling
 
 # One entry for every implementation.
 IMPLEMENTATIONS = ["reference", "chunked"]
@@ -38,7 +39,7 @@ def lax_promotion():
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles also for a sequence of seven."""
-    monkeypatch.setattr(_chunked, "block_sizes", lambda q_seq, kv_seq: (3, 4))
+    monkeypatch.setattr(_chunked, "tilings", lambda *_: [Tiling(3, 4)])
 
 
 class Distance(eqx.Module):

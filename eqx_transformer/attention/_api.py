@@ -1,27 +1,34 @@
 """`dot_product_attention`: what attention means, what is checked, and who computes it."""
 
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from . import _cudnn
 from ._chunked import chunked
 from ._inputs import Inputs, make_inputs
 from ._masks import AbstractMask
 from ._reference import reference, weights
 from ._score_mods import ScoreMod
 
-Implementation = Literal["reference", "chunked"]
+Implementation = Literal["reference", "chunked", "cudnn"]
 """Who computes attention. All of them compute the same thing, and all derivatives of it.
 
 - `"reference"`: dense, the specification. Memory `O(heads * q_seq * kv_seq)`.
 - `"chunked"`: tile by tile, skipping what the mask excludes. Memory `O(seq)`.
+- `"cudnn"`: NVIDIA's fused kernels, on GPUs from Ampere on and for plain patterns only. Forward
+    mode and second derivatives are those of `"chunked"`.
 """
 
 FEW_QUERIES: Final = 8
 """Up to this many queries the dense computation is the faster one, and its memory is linear."""
 
-_IMPLEMENTATIONS: Final = {"reference": reference, "chunked": chunked}
+_IMPLEMENTATIONS: Final[dict[Implementation, Any]] = {
+    "reference": reference,
+    "chunked": chunked,
+    "cudnn": _cudnn.cudnn,
+}
 
 
 def dot_product_attention(
@@ -74,9 +81,10 @@ def dot_product_attention(
 
     Raises:
 
-    - `ValueError` for shapes, dtypes, masks or options that do not fit together.
+    - `ValueError` for shapes, dtypes, masks or options that do not fit together, and for a named
+        implementation that cannot compute this call.
     """
-    out, _ = attention_and_lse(
+    inputs = make_inputs(
         q,
         k,
         v,
@@ -88,8 +96,8 @@ def dot_product_attention(
         sinks=sinks,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
-        implementation=implementation,
     )
+    out, _ = _IMPLEMENTATIONS[_choose(inputs, implementation).chosen](inputs)
     return out
 
 
@@ -131,7 +139,7 @@ def attention_and_lse(
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
     )
-    return _IMPLEMENTATIONS[_choose(inputs, implementation).chosen](inputs)
+    return _IMPLEMENTATIONS[_choose(inputs, implementation, lse=True).chosen](inputs)
 
 
 def attention_weights(
@@ -212,30 +220,43 @@ def explain_attention(
     return _choose(inputs, implementation)
 
 
-def _choose(inputs: Inputs, implementation: Implementation | None) -> Explanation:
+def _choose(
+    inputs: Inputs, implementation: Implementation | None, *, lse: bool = False
+) -> Explanation:
+    if implementation is not None and implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention: implementation={implementation!r} is not one of "
+            f"{get_args(Implementation)}."
+        )
+    no_cudnn = _cudnn.unavailable() or refusals(inputs, lse=lse)["cudnn"]
     if implementation is not None:
-        if implementation not in _IMPLEMENTATIONS:
+        if implementation == "cudnn" and no_cudnn is not None:
             raise ValueError(
-                f"dot_product_attention: implementation={implementation!r} is not one of "
-                f"{get_args(Implementation)}."
+                f"attention: implementation='cudnn' cannot compute this call: {no_cudnn}. Leave "
+                "implementation out to have one chosen that can."
             )
         reasons = dict.fromkeys(_IMPLEMENTATIONS, "not asked for")
         return Explanation(implementation, reasons | {implementation: "asked for by name"})
-    if inputs.q_seq <= FEW_QUERIES:
-        return Explanation(
-            "reference",
-            {
-                "reference": f"q_seq={inputs.q_seq} is at most {FEW_QUERIES}: one row of tiles, "
-                "computed at once",
-                "chunked": "would only add a loop",
-            },
-        )
+    few = inputs.q_seq <= FEW_QUERIES
+    chosen: Implementation = "reference" if few else "cudnn" if no_cudnn is None else "chunked"
     scores = inputs.heads * inputs.q_seq * inputs.kv_seq * inputs.dtype.itemsize
-    return Explanation(
-        "chunked",
-        {
-            "reference": f"q_seq={inputs.q_seq} is more than {FEW_QUERIES}: scores alone would "
-            f"take {scores / 2**20:.1f} MiB",
-            "chunked": "skips what the mask excludes, in memory linear in the sequence",
-        },
-    )
+    reasons: dict[str, str] = {
+        "reference": f"q_seq={inputs.q_seq} is at most {FEW_QUERIES}: one row of tiles, computed "
+        "at once"
+        if few
+        else f"q_seq={inputs.q_seq} is more than {FEW_QUERIES}: scores alone would take "
+        f"{scores / 2**20:.1f} MiB",
+        "chunked": "would only add a loop"
+        if few
+        else "skips what the mask excludes, in memory linear in the sequence",
+        "cudnn": no_cudnn or ("nothing to gain" if few else "the fastest for plain patterns"),
+    }
+    return Explanation(chosen, reasons)
+
+
+def refusals(inputs: Inputs, *, lse: bool = False) -> dict[Implementation, str | None]:
+    """Why implementations cannot compute a call on any machine; `None` for those that can."""
+    no_cudnn = _cudnn.refusal(inputs)
+    if lse and no_cudnn is None:
+        no_cudnn = "rounds the log-sum-exp to the dtype of the output"
+    return {"reference": None, "chunked": None, "cudnn": no_cudnn}

@@ -16,19 +16,25 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ._derivatives import Output, Passes, Tangents
 from ._inputs import Inputs
-from ._tiles import TileList, position_tiles, tile_lists
+from ._tiles import TileList, Tiling, cost, position_tiles, tile_lists
 from ._varying import vary_alike
 
 
-def block_sizes(q_seq: int, kv_seq: int) -> tuple[int, int]:
-    """Tile sizes, as measured on CPU by `tests/benchmarks/attention_cpu.py`.
+def tilings(q_seq: int, kv_seq: int) -> list[Tiling]:
+    """The ways to cut the scores that are worth considering, the longest tiles first.
 
-    Small enough that a tile of scores stays in cache, also under `vmap` over a batch, large enough
-    that the products use every core.
+    Measured on CPU by `tests/benchmarks/attention_cpu.py`: small enough that a tile of scores stays
+    in cache, also under `vmap` over a batch, large enough that the products use every core. Small
+    tiles fit a narrow band better, but each of their scores costs more.
     """
     longest = max(q_seq, kv_seq)
-    size = 128 if longest <= 256 else 256 if longest <= 2048 else 512
-    return max(1, min(size, q_seq)), max(1, min(size, kv_seq))
+    largest = 128 if longest <= 256 else 256 if longest <= 2048 else 512
+    sizes = ((512, 1.0), (256, 1.6), (128, 2.1))
+    return [
+        Tiling(max(1, min(size, q_seq)), max(1, min(size, kv_seq)), cost)
+        for size, cost in sizes
+        if size <= largest
+    ]
 
 
 class _Tiled(eqx.Module):
@@ -51,7 +57,11 @@ class _Tiled(eqx.Module):
         # Scaling queries saves a pass over the scores; in a narrow dtype it would round them.
         wide = inputs.q.dtype == inputs.dtype
         self.q_scale, self.score_scale = (inputs.scale, 1.0) if wide else (1.0, inputs.scale)
-        self.block_q, self.block_kv = block_sizes(inputs.q_seq, inputs.kv_seq)
+        tilings_and_lists = [
+            (x, tile_lists(inputs, x)) for x in tilings(inputs.q_seq, inputs.kv_seq)
+        ]
+        tiling, self.lists = min(tilings_and_lists, key=lambda pair: cost(*pair))
+        self.block_q, self.block_kv, _ = tiling
         self.q, self.k, self.v = (
             self.split_q(inputs.q * self.q_scale),
             self.split_kv(inputs.k),
@@ -59,7 +69,6 @@ class _Tiled(eqx.Module):
         )
         self.q_pos = position_tiles(inputs.q_pos(), self.block_q)
         self.kv_pos = position_tiles(inputs.kv_pos(), self.block_kv)
-        self.lists = tile_lists(inputs, self.block_q, self.block_kv)
 
     def split_q(self, x: Float[Array, "q_seq heads dim"]) -> Float[Array, "rows kv_heads gq dim"]:
         kv_heads = self.inputs.kv_heads

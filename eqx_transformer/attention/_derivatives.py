@@ -38,18 +38,23 @@ class Passes:
 
     Arguments:
 
-    - `forward`: from `Inputs` to output and log-sum-exp.
-    - `tangent`: from `(inputs, out, lse)` and tangents of some inputs to tangents of the output.
+    - `forward`: from `Inputs` to output and log-sum-exp, or `None` instead where a kernel has none.
+    - `tangent`: from `(inputs, *saved)` and tangents of some inputs to tangents of the output.
         Those of `q, k, v` are always there; those of `sinks` and `score_mod` where asked for.
-    - `transpose`: from `(inputs, out, lse)`, cotangents of the output, and the names that are
+    - `transpose`: from `(inputs, *saved)`, cotangents of the output, and the names that are
         wanted, to the cotangents of these.
+    - `save`: from `Inputs` to output, log-sum-exp, and the `saved` that the other passes are given;
+        output and log-sum-exp themselves if there is no such function. What it saves besides is
+        taken to be constant: where the other passes depend on `inputs` through it, they have to
+        have derivative rules that say so.
     """
 
-    forward: Callable[[Inputs], Output]
-    tangent: Callable[[tuple[Inputs, Array, Array], Tangents], Output]
-    transpose: Callable[[tuple[Inputs, Array, Array], Output, frozenset[str]], Tangents]
+    forward: Callable[[Inputs], tuple[Array, Any]]
+    tangent: Callable[[Any, Tangents], tuple[Array, Any]]
+    transpose: Callable[[Any, Any, frozenset[str]], Tangents]
+    save: Callable[[Inputs], tuple[tuple[Array, Any], tuple[Any, ...]]] | None = None
 
-    def __call__(self, inputs: Inputs) -> Output:
+    def __call__(self, inputs: Inputs) -> tuple[Array, Any]:
         """Runs the forward pass, with every derivative."""
         return _attend(vary_alike(inputs), passes=self)
 
@@ -59,35 +64,53 @@ class _Transpose:
     passes: Passes
     wanted: frozenset[str]
 
-    def __call__(self, residuals: tuple[Inputs, Array, Array], cotangents: Output) -> Tangents:
+    def __call__(self, residuals: Any, cotangents: Any) -> Tangents:
         return self.passes.transpose(residuals, cotangents, self.wanted)
 
 
 @eqx.filter_jit
-def _compiled_forward(inputs: Inputs, passes: Passes) -> Output:
+def _compiled_forward(inputs: Inputs, passes: Passes) -> tuple[Array, Any]:
     # Compiled once a structure and shape, also for callers who do not use `jax.jit`.
     return passes.forward(inputs)
 
 
 @eqx.filter_custom_jvp
-def _attend(inputs: Inputs, *, passes: Passes) -> Output:
+def _attend(inputs: Inputs, *, passes: Passes) -> tuple[Array, Any]:
     return _compiled_forward(inputs, passes)
 
 
 @_attend.def_jvp
-def _attend_jvp(primals: Any, tangents: Any, *, passes: Passes) -> tuple[Output, Output]:
+def _attend_jvp(primals: Any, tangents: Any, *, passes: Passes) -> Any:
+    if passes.save is None:
+        output = _attend(*primals, passes=passes)
+        saved: tuple[Any, ...] = output
+    else:
+        output, saved = _save(*primals, passes=passes)
+    return output, _tangent(passes, primals, saved, tangents)
+
+
+@eqx.filter_custom_jvp
+def _save(inputs: Inputs, *, passes: Passes) -> tuple[Any, tuple[Any, ...]]:
+    assert passes.save is not None
+    return passes.save(inputs)
+
+
+@_save.def_jvp
+def _save_jvp(primals: Any, tangents: Any, *, passes: Passes) -> Any:
+    output, saved = _save(*primals, passes=passes)
+    constant = jax.tree.map(lambda x: jnp.zeros_like(x) if eqx.is_inexact_array(x) else None, saved)
+    return (output, saved), (_tangent(passes, primals, saved, tangents), constant)
+
+
+def _tangent(passes: Passes, primals: Any, saved: Any, tangents: Any) -> tuple[Array, Any]:
     (inputs,), (dinputs,) = primals, tangents
-    out, lse = _attend(inputs, passes=passes)
     asked = {}
     for name in _DIFFERENTIABLE:
         primal = eqx.filter(getattr(inputs, name), eqx.is_inexact_array)
         moved = getattr(dinputs, name)
         if name in ("q", "k", "v") or jax.tree.leaves(moved):
             asked[name] = jax.tree.map(_explicit, primal, moved, is_leaf=lambda x: x is None)
-    dout = linear_map(
-        passes.tangent, _Transpose(passes, frozenset(asked)), (inputs, out, lse), asked
-    )
-    return (out, lse), dout
+    return linear_map(passes.tangent, _Transpose(passes, frozenset(asked)), (inputs, *saved), asked)
 
 
 def _explicit(primal: Array | None, moved: Array | None) -> Array | None:

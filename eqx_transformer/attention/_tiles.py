@@ -12,6 +12,15 @@ from ._inputs import Inputs
 from ._masks import EMPTY, FULL, PARTIAL, AbstractMask, And, Not, Or
 
 
+class Tiling(NamedTuple):
+    """How the score matrix is cut."""
+
+    block_q: int
+    block_kv: int
+    cost: float = 1.0
+    """What one score costs, relative to other tilings."""
+
+
 class TileList(NamedTuple):
     """Tiles that are treated alike, in the order in which they are visited."""
 
@@ -63,13 +72,20 @@ def position_tiles(positions: Int[Array, " seq"], block: int) -> Int[Array, "til
     return filled.reshape(filled.shape[0] // block, block)
 
 
-def tile_lists(inputs: Inputs, block_q: int, block_kv: int) -> list[TileList]:
+def cost(tiling: Tiling, lists: list[TileList]) -> float:
+    """What the tiles cost that are known, while tracing, to be needed."""
+    tiles = sum(len(x.rows) for x in lists)
+    return tiles * tiling.block_q * tiling.block_kv * tiling.cost
+
+
+def tile_lists(inputs: Inputs, tiling: Tiling) -> list[TileList]:
     """Classifies the tiles of one attention call.
 
     What follows from static facts (a causal mask at default positions, a window) is decided while
     tracing, exactly and for good: empty tiles do not exist in the program, under `vmap` neither.
     What depends on data (documents, padding, given positions) is decided at run time, by skipping.
     """
+    block_q, block_kv, _ = tiling
     rows, columns = -(-inputs.q_seq // block_q), -(-inputs.kv_seq // block_kv)
     if rows == 0 or columns == 0:
         return []

@@ -17,6 +17,7 @@ import eqx_transformer.attention as attn
 from eqx_transformer.attention import _chunked
 from eqx_transformer.attention._derivatives import Passes
 from eqx_transformer.attention._inputs import make_inputs
+from eqx_transformer.attention._tiles import Tiling
 
 from .oracles import (
     AFFINE,
@@ -325,12 +326,12 @@ def tiles(block_q: int, block_kv: int) -> Callable[..., Any]:
 
     def with_tiles(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            original = _chunked.block_sizes
-            _chunked.block_sizes = lambda *_, **__: (block_q, block_kv)
+            original = _chunked.tilings
+            _chunked.tilings = lambda *_: [Tiling(block_q, block_kv)]
             try:
                 return function(*args)
             finally:
-                _chunked.block_sizes = original
+                _chunked.tilings = original
 
         return run
 

@@ -95,7 +95,7 @@ def test_explain_says_who_and_why():
     asked = attn.explain_attention(one, one, one, implementation="chunked")
     assert asked.chosen == "chunked" and "asked for" in asked.reasons["chunked"]
     for explanation in (few, lots, asked):
-        assert set(explanation.reasons) == {"reference", "chunked"}
+        assert set(explanation.reasons) == set(attn.Implementation.__args__)
         assert all(explanation.reasons.values())
         text = str(explanation)
         assert explanation.chosen in text.splitlines()[0]
@@ -123,9 +123,11 @@ def test_what_is_explained_is_what_runs():
 
 def test_implementations_by_name_are_those_documented():
     q = _x(3, 1, 2)
-    for name in attn.Implementation.__args__:
+    assert set(attn.Implementation.__args__) == {"reference", "chunked", "cudnn"}
+    for name in ("reference", "chunked"):
         attn.dot_product_attention(q, q, q, implementation=name)
-    assert {"reference", "chunked"} <= set(attn.Implementation.__args__)
+    with pytest.raises(ValueError, match="cannot compute this call"):
+        attn.dot_product_attention(q, q, q, implementation="cudnn")
 
 
 # --- Weights -------------------------------------------------------------------------------------

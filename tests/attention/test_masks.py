@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import eqx_transformer.attention as attn
-from eqx_transformer.attention import EMPTY, FULL, PARTIAL
+from eqx_transformer.attention import EMPTY, FULL, PARTIAL, _chunked
 from eqx_transformer.attention._inputs import make_inputs
-from eqx_transformer.attention._tiles import tile_lists
+from eqx_transformer.attention._tiles import Tiling, tile_lists
 
 from .conformance import CHUNKED
 from .oracles import (
@@ -306,7 +306,7 @@ def test_an_array_is_not_a_mask():
 
 def _counts(seq, block, mask, **positions):
     q = jnp.zeros((seq, 1, 1))
-    lists = tile_lists(make_inputs(q, q, q, mask=mask, **positions), block, block)
+    lists = tile_lists(make_inputs(q, q, q, mask=mask, **positions), Tiling(block, block))
     return {
         kind: sum(len(x.rows) for x in lists if x.masked is masked)
         for kind, masked in (("masked", True), ("full", False))
@@ -329,6 +329,26 @@ def test_static_tiles_that_are_empty_do_not_exist():
     assert counts == {"masked": 36, "full": 0}
     counts, _ = _counts(1024, 128, attn.Prefix(0))
     assert counts == {"masked": 0, "full": 0}
+
+
+@pytest.mark.parametrize(
+    ("mask", "size"),
+    [
+        (None, 512),
+        (attn.Causal(), 512),
+        (attn.SlidingWindow(1023, 0), 512),
+        (attn.SlidingWindow(255, 0), 128),
+        (attn.SlidingWindow(31, 31), 128),
+    ],
+    ids=str,
+)
+def test_a_narrow_band_is_cut_into_small_tiles(mask, size):
+    q = jnp.zeros((4096, 1, 1))
+    tiled = _chunked._Tiled(make_inputs(q, q, q, mask=mask))
+    assert (tiled.block_q, tiled.block_kv) == (size, size)
+    window = attn.SlidingWindow(255, 0)
+    out = _chunked.chunked(make_inputs(q[:, :, :0], q[:, :, :0], q + 1, mask=window))[0]
+    assert jnp.allclose(out, 1)
 
 
 def test_dynamic_tiles_that_are_empty_are_dead_at_run_time():

@@ -216,7 +216,7 @@ def test_random_problems(case):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=150, deadline=None, database=None)
+@hypothesis.settings(max_examples=60, deadline=None, database=None)
 @hypothesis.given(_cases())
 def test_many_random_problems(case):
     _check_random(case)
