@@ -45,6 +45,7 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | None = None,
     implementation: Implementation | None = None,
+    block_size: int | None = None,
 ) -> Float[Array, "q_seq heads v_dim"]:
     """Scaled dot-product attention of one example.
 
@@ -74,6 +75,8 @@ def dot_product_attention(
         The same key drops the same weights in every implementation.
     - `implementation`: who computes it. `None` chooses; see `explain_attention`. A named one runs
         or raises.
+    - `block_size`: how many queries and keys are a tile, where scores are computed in tiles of our
+        choosing. It changes speed and memory alone; chosen by length and mask if not given.
 
     Returns:
 
@@ -96,6 +99,7 @@ def dot_product_attention(
         sinks=sinks,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
+        block_size=block_size,
     )
     out, _ = _IMPLEMENTATIONS[_choose(inputs, implementation).chosen](inputs)
     return out
@@ -115,6 +119,7 @@ def attention_and_lse(
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | None = None,
     implementation: Implementation | None = None,
+    block_size: int | None = None,
 ) -> tuple[Float[Array, "q_seq heads v_dim"], Float[Array, "q_seq heads"]]:
     """As `dot_product_attention`, and the logarithm of the softmax's denominator besides.
 
@@ -138,6 +143,7 @@ def attention_and_lse(
         sinks=sinks,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
+        block_size=block_size,
     )
     return _IMPLEMENTATIONS[_choose(inputs, implementation, lse=True).chosen](inputs)
 
@@ -198,6 +204,7 @@ def explain_attention(
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | None = None,
     implementation: Implementation | None = None,
+    block_size: int | None = None,
 ) -> Explanation:
     """Says which implementation `dot_product_attention` uses for these arguments, and why.
 
@@ -216,6 +223,7 @@ def explain_attention(
         sinks=sinks,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
+        block_size=block_size,
     )
     return _choose(inputs, implementation)
 

@@ -20,20 +20,21 @@ from ._tiles import TileList, Tiling, cost, position_tiles, tile_lists
 from ._varying import vary_alike
 
 
-def tilings(q_seq: int, kv_seq: int) -> list[Tiling]:
+def tilings(inputs: Inputs) -> list[Tiling]:
     """The ways to cut the scores that are worth considering, the longest tiles first.
 
     Measured on CPU by `tests/benchmarks/attention_cpu.py`: small enough that a tile of scores stays
     in cache, also under `vmap` over a batch, large enough that the products use every core. Small
     tiles fit a narrow band better, but each of their scores costs more.
     """
-    longest = max(q_seq, kv_seq)
+    longest = max(inputs.q_seq, inputs.kv_seq)
     largest = 128 if longest <= 256 else 256 if longest <= 2048 else 512
-    sizes = ((512, 1.0), (256, 1.6), (128, 2.1))
+    sizes = [(size, cost) for size, cost in ((512, 1.0), (256, 1.6), (128, 2.1)) if size <= largest]
+    if inputs.block_size is not None:
+        sizes = [(inputs.block_size, 1.0)]
     return [
-        Tiling(max(1, min(size, q_seq)), max(1, min(size, kv_seq)), cost)
+        Tiling(max(1, min(size, inputs.q_seq)), max(1, min(size, inputs.kv_seq)), cost)
         for size, cost in sizes
-        if size <= largest
     ]
 
 
@@ -57,10 +58,8 @@ class _Tiled(eqx.Module):
         # Scaling queries saves a pass over the scores; in a narrow dtype it would round them.
         wide = inputs.q.dtype == inputs.dtype
         self.q_scale, self.score_scale = (inputs.scale, 1.0) if wide else (1.0, inputs.scale)
-        tilings_and_lists = [
-            (x, tile_lists(inputs, x)) for x in tilings(inputs.q_seq, inputs.kv_seq)
-        ]
-        tiling, self.lists = min(tilings_and_lists, key=lambda pair: cost(*pair))
+        candidates = [(x, tile_lists(inputs, x)) for x in tilings(inputs)]
+        tiling, self.lists = min(candidates, key=lambda pair: cost(*pair))
         self.block_q, self.block_kv, _ = tiling
         self.q, self.k, self.v = (
             self.split_q(inputs.q * self.q_scale),

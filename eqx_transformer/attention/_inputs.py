@@ -29,6 +29,7 @@ class Inputs(eqx.Module):
     dropout_seed: UInt32[Array, "2"] | None
     dropout_rate: float = eqx.field(static=True)
     scale: float = eqx.field(static=True)
+    block_size: int | None = eqx.field(static=True, default=None)
 
     @property
     def q_seq(self) -> int:
@@ -110,6 +111,7 @@ def make_inputs(
     sinks: Any = None,
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
+    block_size: int | None = None,
 ) -> Inputs:
     """Checks the arguments of an attention function against each other and completes them."""
     check_arrays(q, k, v, sinks)
@@ -141,6 +143,8 @@ def make_inputs(
             f"attention: dropout_rate={dropout_rate} needs a dropout_key; pass one, or "
             "dropout_rate=0 for inference."
         )
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"attention: block_size={block_size} must be at least 1.")
     inputs = Inputs(
         q=q,
         k=k,
@@ -153,6 +157,7 @@ def make_inputs(
         dropout_seed=jax.random.bits(dropout_key, (2,), jnp.uint32) if dropout_rate > 0 else None,
         dropout_rate=dropout_rate,
         scale=1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale),
+        block_size=block_size,
     )
     return sanitize(inputs)
 

@@ -7,16 +7,16 @@ scan. There is no loop over positions, and nothing that JAX could not differenti
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, UInt32
 
 from .._precision import accumulation_dtype
 from ._inputs import check_arrays, check_mask
-from ._masks import AbstractMask, And, Causal, Padding, Segments
+from ._masks import AbstractMask, And, Causal, Padding, Segments, _lookup
 
 FeatureMap = Callable[[Float[Array, "seq heads head_dim"]], Float[Array, "seq heads features"]]
 """What `linear_attention` accepts as `feature_map`: it acts on the last axis, may change its size,
@@ -116,17 +116,124 @@ def linear_attention(
     - `ValueError` for shapes that do not fit together, and for a mask without a linear form.
     - A run-time error if segments are not in order, or differ between queries and keys.
     """
+    check_arrays(q, k, v, None)
+    return _attend(q, k, v, _parse(mask, q, k), feature_map, chunk_size, None)[0]
+
+
+class LinearState(eqx.Module):
+    """All that causal linear attention needs of the keys and values before a position."""
+
+    sums: Float[Array, "kv_heads features columns"]
+    """`sum_j phi(k[j]) v[j]^T`, and in the last column `sum_j phi(k[j])`, over one segment."""
+    segment: Int[Array, ""]
+    """The id of that segment, the last one that was met; -1 before any key."""
+
+    @classmethod
+    def init(cls, kv_heads: int, features: int, v_dim: int, dtype: DTypeLike) -> "LinearState":
+        """The state before the first position."""
+        sums = jnp.zeros((kv_heads, features, v_dim + 1), dtype)
+        return cls(sums, jnp.full((), -1, jnp.result_type(int)))
+
+
+def num_features(feature_map: FeatureMap, head_dim: int, dtype: DTypeLike) -> int:
+    """How many features `feature_map` makes of `head_dim` numbers."""
+    x = jax.ShapeDtypeStruct((1, 1, head_dim), dtype)
+    return jax.eval_shape(lambda x: _features(feature_map, x), x).shape[-1]
+
+
+def extend_linear_attention(
+    q: Float[Array, "seq heads head_dim"],
+    k: Float[Array, "seq kv_heads head_dim"],
+    v: Float[Array, "seq kv_heads v_dim"],
+    state: LinearState,
+    *,
+    mask: AbstractMask | None,
+    positions: Int[Array, " seq"],
+    feature_map: FeatureMap = elu_plus_one,
+    chunk_size: int = 64,
+) -> tuple[Float[Array, "seq heads v_dim"], LinearState]:
+    """Causal linear attention at the next positions of a sequence (equations 16 to 20).
+
+    Arguments:
+
+    - `q`, `k`, `v`: of the next positions.
+    - `state`: what is kept of the earlier ones.
+    - `mask`: as for `linear_attention`, and causal. A key that it hides now is hidden from all
+        later queries; without `Segments` the last segment goes on.
+    - `positions`: the absolute positions, at which the mask is read; negative ones are padding.
+    - `feature_map`, `chunk_size`: see `linear_attention`.
+
+    Returns:
+
+    What `linear_attention` gives at these positions, and the state with them added.
+
+    Raises:
+
+    - What `linear_attention` raises, and `ValueError` for a mask that is not causal.
+    """
+    check_arrays(q, k, v, None)
+    rule = _parse(None if mask is None else at_positions(mask, positions), q, k)
+    if not rule.causal:
+        raise ValueError(
+            f"linear_attention: extending a sequence needs a causal mask, but mask={mask}: outputs "
+            "would depend on later keys, so there is nothing to cache. Add Causal(), or attend "
+            "within whole sequences."
+        )
+    if rule.segmented:
+        ids = rule.kv_ids.astype(state.segment.dtype)
+        ids = eqx.error_if(
+            ids,
+            jnp.any((ids >= 0) & (ids < state.segment)),
+            "linear_attention: the ids of Segments must not decrease, also from one part of a "
+            "sequence to the next. Sort the documents, or use dot_product_attention.",
+        )
+    else:
+        ids = jnp.broadcast_to(jnp.maximum(state.segment, 0), rule.kv_ids.shape)
+    rule = rule._replace(valid=rule.valid & (positions >= 0), q_ids=ids, kv_ids=ids)
+    return _attend(q, k, v, rule, feature_map, chunk_size, state)
+
+
+def at_positions(mask: AbstractMask, positions: Int[Array, " seq"]) -> AbstractMask:
+    """A mask on the indices of a sequence, from one on the absolute positions it is at.
+
+    Only for masks with a linear form, and positions that increase where `mask` is causal.
+    """
+
+    def at(part: Any) -> Any:
+        if isinstance(part, Padding):
+            return Padding(_lookup(part.valid, positions, False))
+        if isinstance(part, Segments):
+            return Segments(*(_lookup(x, positions, -1) for x in (part.q_ids, part.kv_ids)))
+        return part
+
+    return jax.tree.map(at, mask, is_leaf=lambda x: isinstance(x, Padding | Segments))
+
+
+def is_causal(mask: AbstractMask | None) -> bool:
+    """Whether `Causal()` is a part of `mask`."""
+    return mask is not None and any(isinstance(part, Causal) for part in _conjuncts(mask))
+
+
+def _attend(
+    q: Float[Array, "q_seq heads head_dim"],
+    k: Float[Array, "kv_seq kv_heads head_dim"],
+    v: Float[Array, "kv_seq kv_heads v_dim"],
+    rule: "_Rule",
+    feature_map: FeatureMap,
+    chunk_size: int,
+    state: LinearState | None,
+) -> tuple[Float[Array, "q_seq heads v_dim"], Any]:
     if chunk_size < 1:
         raise ValueError(f"linear_attention: chunk_size={chunk_size} must be at least 1.")
-    check_arrays(q, k, v, None)
     (q_seq, heads, _), (kv_seq, kv_heads, _) = q.shape, k.shape
-    rule = _parse(mask, q, k)
-    seen = _attends_to_something(rule)
+    seen = _attends_to_something(rule, state)
     # What padding holds, NaN included, must not enter the products.
     q = jnp.where(seen[:, None, None], q, 0)
     k, v = (jnp.where(rule.valid[:, None, None], x, 0) for x in (k, v))
 
     out_dtype, dtype = q.dtype, accumulation_dtype(q.dtype)
+    if state is not None:
+        dtype = max(dtype, state.sums.dtype, key=lambda x: jnp.finfo(x).bits)
     q, k = _features(feature_map, q.astype(dtype)), _features(feature_map, k.astype(dtype))
     k = jnp.where(rule.valid[:, None, None], k, 0)
     # A factor for a whole query cancels; this one keeps the products from underflowing.
@@ -137,12 +244,12 @@ def linear_attention(
     v = jnp.concatenate([v.astype(dtype), jnp.ones((kv_seq, kv_heads, 1), dtype)], axis=-1)
 
     if rule.causal or rule.segmented:
-        out = _chunked(q, k, v, rule, chunk_size)
+        out, state = _chunked(q, k, v, rule, chunk_size, state)
     else:
         out = jnp.einsum("qhgf,hfv->qhgv", q, jnp.einsum("khf,khv->hfv", k, v))
     total, out = out[..., -1:], out[..., :-1]
     out = out / jnp.where(total == 0, 1, total)
-    return out.reshape(q_seq, heads, out.shape[-1]).astype(out_dtype)
+    return out.reshape(q_seq, heads, out.shape[-1]).astype(out_dtype), state
 
 
 class _Rule(NamedTuple):
@@ -213,12 +320,14 @@ def _conjuncts(mask: AbstractMask) -> Iterator[AbstractMask]:
         yield mask
 
 
-def _attends_to_something(rule: _Rule) -> Bool[Array, " q_seq"]:
-    """Whether there is a key for each query."""
+def _attends_to_something(rule: _Rule, state: LinearState | None) -> Bool[Array, " q_seq"]:
+    """Whether there is a key for each query, the ones in `state` included."""
     if not (rule.causal or rule.segmented):
         return jnp.broadcast_to(jnp.any(rule.valid), rule.q_ids.shape)
     # Segments are in order, so the greatest one met so far is the query's own, if that was met.
     before = jax.lax.cummax(jnp.where(rule.valid, rule.kv_ids, -1))
+    if state is not None:
+        before = jnp.maximum(before, state.segment)
     before = _resize(before, rule.q_ids.shape[0])
     seen = before == rule.q_ids
     if not rule.causal:
@@ -252,8 +361,9 @@ def _chunked(
     v: Float[Array, "kv_seq kv_heads columns"],
     rule: _Rule,
     chunk_size: int,
-) -> Float[Array, "q_seq kv_heads group columns"]:
-    """Sums of `weight[j] * v[j]` over the keys each query may attend to."""
+    state: LinearState | None,
+) -> tuple[Float[Array, "q_seq kv_heads group columns"], LinearState | None]:
+    """Sums of `weight[j] * v[j]` over the keys each query may attend to, and the state behind."""
     q_seq = q.shape[0]
     seq = max(q_seq, k.shape[0])
     chunk_size = max(1, min(chunk_size, seq))
@@ -274,38 +384,47 @@ def _chunked(
     scores = jnp.where(allowed[:, None, None], scores, 0)
     out = jnp.einsum("chgqk,ckhv->cqhgv", scores, v)
     for reverse in (False,) if rule.causal else (False, True):
-        carried, carried_id = _carry(k, v, kv_ids, reverse)
+        carried, carried_id = _carry(k, v, kv_ids, state, reverse)
+        if state is not None:
+            state = LinearState(carried[-1].astype(state.sums.dtype), carried_id[-1])
+        carried, carried_id = (x[:chunks] for x in (carried, carried_id))
+        if reverse:
+            carried, carried_id = carried[::-1], carried_id[::-1]
         continued = (q_ids == carried_id[:, None])[:, :, None, None, None]
         out += jnp.einsum("cqhgf,chfv->cqhgv", jnp.where(continued, q, 0), carried)
-    return out.reshape(chunks * chunk_size, *out.shape[2:])[:q_seq]
+    return out.reshape(chunks * chunk_size, *out.shape[2:])[:q_seq], state
 
 
 def _carry(
     k: Float[Array, "chunks chunk kv_heads features"],
     v: Float[Array, "chunks chunk kv_heads columns"],
     ids: Int[Array, "chunks chunk"],
+    state: LinearState | None,
     reverse: bool,
-) -> tuple[Float[Array, "chunks kv_heads features columns"], Int[Array, " chunks"]]:
-    """What each chunk takes over from those before it (behind it, with `reverse`).
+) -> tuple[Float[Array, "parts kv_heads features columns"], Int[Array, " parts"]]:
+    """What each chunk takes over from those before it, and last what they all leave behind.
 
     That is `sum_j k[j] v[j]^T` over the keys of one segment, the last one that was met, and the
-    id of that segment: segments are in order, so no other one can continue into the chunk.
+    id of that segment: segments are in order, so no other one can continue into the chunk. With
+    `reverse` chunks are counted from the end.
     """
     if reverse:
         k, v, ids = k[::-1], v[::-1], ids[::-1]
         last = jnp.iinfo(ids.dtype).max
-        met = jax.lax.cummin(jnp.where(ids < 0, last, ids).min(axis=1))
+        met = jnp.where(ids < 0, last, ids).min(axis=1)
+        met = jax.lax.cummin(jnp.concatenate([jnp.full(1, last, met.dtype), met]))
     else:
-        met = jax.lax.cummax(ids.max(axis=1))
-    of_last = (ids == met[:, None])[:, :, None, None]
+        met = ids.max(axis=1)
+        first = jnp.full(1, -1, met.dtype) if state is None else state.segment[None]
+        met = jax.lax.cummax(jnp.concatenate([first, met]))
+    of_last = (ids == met[1:, None])[:, :, None, None]
     sums = jnp.einsum("ckhf,ckhv->chfv", jnp.where(of_last, k, 0), v)
+    before = jnp.zeros_like(sums[:1]) if state is None else state.sums.astype(sums.dtype)[None]
+    sums = jnp.concatenate([before, sums])
     continues = jnp.concatenate([jnp.zeros(1, bool), met[1:] == met[:-1]])
 
     def combine(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
         keep = right[0][:, None, None, None]
         return left[0] & right[0], jnp.where(keep, left[1], 0) + right[1]
 
-    _, sums = jax.lax.associative_scan(combine, (continues, sums))
-    sums = jnp.concatenate([jnp.zeros_like(sums[:1]), sums[:-1]])
-    met = jnp.concatenate([jnp.full(1, -1, met.dtype), met[:-1]])
-    return (sums[::-1], met[::-1]) if reverse else (sums, met)
+    return jax.lax.associative_scan(combine, (continues, sums))[1], met

@@ -1,5 +1,7 @@
-"""Sampling from a model, with its cache."""
+"""Sampling from a model, and search, with its cache."""
 
+from ._beam_search import Hypotheses as Hypotheses
+from ._beam_search import beam_search as beam_search
 from ._generate import AbstractDecoder as AbstractDecoder
 from ._generate import generate as generate
 from ._sampling import filter_min_p as filter_min_p

@@ -17,7 +17,7 @@ from ..attention import (
     dot_product_attention,
 )
 from ..nn import Attention, Embedding, GatedMLP, KVCache, Linear, RMSNorm, RoPE
-from ..stacks import Stack, TransformerBlock
+from ..stacks import Residual, Stack, TransformerBlock
 from ._config import AbstractConfig
 
 _REMAT = {
@@ -274,13 +274,9 @@ def _make_block(config: LlamaConfig, *, key: PRNGKeyArray) -> TransformerBlock:
     )
     d_ff = 64 * math.ceil(8 * config.d_model / 3 / 64) if config.d_ff is None else config.d_ff
     mlp = GatedMLP(config.d_model, d_ff, use_bias=config.use_bias, key=mlp_key)
-    block = TransformerBlock(
-        RMSNorm(config.d_model, eps=config.norm_eps),
-        attention,
-        RMSNorm(config.d_model, eps=config.norm_eps),
-        mlp,
-        dropout_rate=config.dropout_rate,
-    )
+    norms = (RMSNorm(config.d_model, eps=config.norm_eps) for _ in range(2))
+    residuals = (Residual(norm, dropout_rate=config.dropout_rate) for norm in norms)
+    block = TransformerBlock(attention, mlp, *residuals)
     scale = 1 / math.sqrt(2 * config.num_layers)
     return eqx.tree_at(
         lambda b: (b.attention.o_proj.weight, b.mlp.down_proj.weight),

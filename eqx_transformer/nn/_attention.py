@@ -1,6 +1,6 @@
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -74,17 +74,22 @@ class Attention(AbstractAttention):
 
         q, k, v = q_proj(x), k_proj(x), v_proj(x)              split into heads
         q, k = rope(q_norm(q)), rope(k_norm(k))                 where given
-        y = o_proj(attention(q, k, v))
+        v = v * sigmoid(gate_proj(x))                           with gate="value"
+        h = attention(q, k, v)
+        h = h * sigmoid(gate_proj(x))                           with gate="output"
+        y = o_proj(h)
 
     `mask` and `score_mod` belong to the architecture (`Causal()` makes a decoder); what depends on
     the data (padding, documents) is passed in the call and combined with `&`. (Vaswani et al.,
-    2017; grouped queries: Ainslie et al., 2023; normalised queries and keys: Henry et al., 2020.)
+    2017; grouped queries: Ainslie et al., 2023; normalised queries and keys: Henry et al., 2020;
+    gates: Qiu et al., Gated Attention for Large Language Models, 2025.)
     """
 
     q_proj: Linear
     k_proj: Linear
     v_proj: Linear
     o_proj: Linear
+    gate_proj: Linear | None
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
     rope: RoPE | None
@@ -95,6 +100,7 @@ class Attention(AbstractAttention):
     head_dim: int = eqx.field(static=True)
     scale: float | None = eqx.field(static=True)
     dropout_rate: float = eqx.field(static=True)
+    gate: Literal["output", "value"] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -109,6 +115,7 @@ class Attention(AbstractAttention):
         mask: AbstractMask | None = None,
         score_mod: ScoreMod | None = None,
         scale: float | None = None,
+        gate: Literal["output", "value"] | None = None,
         use_bias: bool = False,
         dropout_rate: float = 0.0,
         attention_fn: Callable[..., Array] = dot_product_attention,
@@ -127,7 +134,9 @@ class Attention(AbstractAttention):
         - `norm_eps`: the `eps` of these norms.
         - `mask`, `score_mod`: what the architecture imposes; see `dot_product_attention`.
         - `scale`: factor on the scores; `1 / sqrt(head_dim)` if not given.
-        - `use_bias`: whether the four projections have biases.
+        - `gate`: a sigmoid gate, computed from the input: on what attention returns, feature by
+            feature, or on the values.
+        - `use_bias`: whether the projections have biases.
         - `dropout_rate`: the probability with which an attention weight is dropped.
         - `attention_fn`: `dot_product_attention`, or a function with its signature. Choose how it
             is computed with `eqx.Partial(dot_product_attention, implementation="chunked")`.
@@ -138,32 +147,20 @@ class Attention(AbstractAttention):
 
         - `ValueError` for sizes that do not divide each other.
         """
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, size in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-            if size < 1:
-                raise ValueError(f"Attention: {name}={size} must be at least 1.")
-        if num_heads % num_kv_heads:
-            raise ValueError(
-                f"Attention: num_heads={num_heads} is not a multiple of "
-                f"num_kv_heads={num_kv_heads}."
-            )
-        if head_dim is None:
-            if d_model % num_heads:
-                raise ValueError(
-                    f"Attention: d_model={d_model} is not a multiple of num_heads={num_heads}; "
-                    "pass head_dim explicitly."
-                )
-            head_dim = d_model // num_heads
-        if not 0 <= dropout_rate < 1:
-            raise ValueError(
-                f"Attention: dropout_rate={dropout_rate} must be at least 0 and below 1."
-            )
+        num_kv_heads, head_dim = head_sizes("Attention", d_model, num_heads, num_kv_heads, head_dim)
+        check_rate("Attention", dropout_rate)
+        if gate not in (None, "output", "value"):
+            raise ValueError(f"Attention: gate={gate!r} must be None, 'output' or 'value'.")
         q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(key, 5)
         self.q_proj = Linear(d_model, q_size, use_bias=use_bias, dtype=dtype, key=keys[0])
         self.k_proj = Linear(d_model, kv_size, use_bias=use_bias, dtype=dtype, key=keys[1])
         self.v_proj = Linear(d_model, kv_size, use_bias=use_bias, dtype=dtype, key=keys[2])
         self.o_proj = Linear(q_size, d_model, use_bias=use_bias, dtype=dtype, key=keys[3])
+        gated = {None: None, "output": q_size, "value": kv_size}[gate]
+        self.gate_proj = None
+        if gated is not None:
+            self.gate_proj = Linear(d_model, gated, use_bias=use_bias, dtype=dtype, key=keys[4])
         self.q_norm = RMSNorm(head_dim, eps=norm_eps, dtype=dtype) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps=norm_eps, dtype=dtype) if qk_norm else None
         self.rope = rope
@@ -174,6 +171,7 @@ class Attention(AbstractAttention):
         self.head_dim = head_dim
         self.scale = scale
         self.dropout_rate = dropout_rate
+        self.gate = gate
 
     @jax.named_scope("eqx_transformer.nn.Attention")
     @unbatched(x="seq d_model")
@@ -196,7 +194,7 @@ class Attention(AbstractAttention):
         - `key`: for dropout; needed if there is any, unless `inference` is set.
         """
         q, k, v = self._project(x, positions)
-        return self._attend(q, k, v, mask, positions, positions, key)
+        return self._attend(x, q, k, v, mask, positions, positions, key)
 
     def init_cache(self, max_len: int, dtype: DTypeLike | None = None) -> KVCache:
         """An empty cache for `max_len` positions, stored in `dtype` or that of the weights."""
@@ -237,13 +235,15 @@ class Attention(AbstractAttention):
         cache = cache.append(k, v, length)
         k, v = cache.k.astype(x.dtype), cache.v.astype(x.dtype)
         mask = _WRITTEN if mask is None else _WRITTEN & mask
-        return self._attend(q, k, v, mask, positions, cache.positions(), None), cache
+        return self._attend(x, q, k, v, mask, positions, cache.positions(), None), cache
 
     def _project(
         self, x: Float[Array, "seq d_model"], positions: Int[Array, " seq"] | None
     ) -> tuple[Array, Array, Array]:
         heads = (x.shape[0], -1, self.head_dim)
         q, k, v = (p(x).reshape(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.gate_proj is not None and self.gate == "value":
+            v = v * jax.nn.sigmoid(self.gate_proj(x)).reshape(heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
@@ -254,6 +254,7 @@ class Attention(AbstractAttention):
 
     def _attend(
         self,
+        x: Array,
         q: Array,
         k: Array,
         v: Array,
@@ -282,4 +283,35 @@ class Attention(AbstractAttention):
             dropout_rate=dropout_rate,
             dropout_key=key if dropout_rate > 0 else None,
         )
-        return self.o_proj(out.reshape(q.shape[0], -1))
+        out = out.reshape(q.shape[0], -1)
+        if self.gate_proj is not None and self.gate == "output":
+            out = out * jax.nn.sigmoid(self.gate_proj(x))
+        return self.o_proj(out)
+
+
+def head_sizes(
+    owner: str, d_model: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None
+) -> tuple[int, int]:
+    """`num_kv_heads` and `head_dim`, completed and checked."""
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    for name, size in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if size < 1:
+            raise ValueError(f"{owner}: {name}={size} must be at least 1.")
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"{owner}: num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}."
+        )
+    if head_dim is None:
+        if d_model % num_heads:
+            raise ValueError(
+                f"{owner}: d_model={d_model} is not a multiple of num_heads={num_heads}; "
+                "pass head_dim explicitly."
+            )
+        head_dim = d_model // num_heads
+    return num_kv_heads, head_dim
+
+
+def check_rate(owner: str, dropout_rate: float) -> None:
+    """Checks a probability of being dropped."""
+    if not 0 <= dropout_rate < 1:
+        raise ValueError(f"{owner}: dropout_rate={dropout_rate} must be at least 0 and below 1.")

@@ -79,6 +79,38 @@ class LayerNorm(eqx.Module):
         return h.astype(x.dtype)
 
 
+class DynamicTanh(eqx.Module):
+    """A bounded map in the place of a norm: `weight * tanh(alpha * x) + bias`.
+
+    Elementwise: there is no mean to be taken over features. (Zhu et al., Transformers without
+    Normalization, 2025, equation 2.)
+    """
+
+    alpha: Float[Array, ""]
+    weight: Float[Array, " size"]
+    bias: Float[Array, " size"]
+
+    def __init__(self, size: int, *, alpha: float = 0.5, dtype: DTypeLike | None = None):
+        """Arguments:
+
+        - `size`: length of the last axis.
+        - `alpha`: the initial factor before the `tanh`, learned.
+        - `dtype`: of the parameters; the default floating dtype if not given.
+        """
+        _check("DynamicTanh", size, 0.0)
+        self.alpha = jnp.full((), alpha, dtype)
+        self.weight = jnp.ones((size,), dtype)
+        self.bias = jnp.zeros((size,), dtype)
+
+    def __call__(
+        self, x: Float[Array, "*batch size"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch size"]:
+        """Maps every element of `x`. `key` is ignored, as in Equinox."""
+        h = x.astype(accumulation_dtype(x.dtype))
+        h = jnp.tanh(self.alpha.astype(h.dtype) * h)
+        return (h * _along_last(self.weight, h) + _along_last(self.bias, h)).astype(x.dtype)
+
+
 def _check(name: str, size: int, eps: float) -> None:
     if size < 1:
         raise ValueError(f"{name}: size={size} must be at least 1.")

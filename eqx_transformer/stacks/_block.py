@@ -8,7 +8,8 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask
-from ..nn import AbstractAttention
+from ..nn import AbstractAttention, MixtureOfExperts
+from ._residual import Branch, Norm, Residual
 
 
 class AbstractBlock(eqx.Module):
@@ -19,6 +20,7 @@ class AbstractBlock(eqx.Module):
         self,
         x: Float[Array, "seq d_model"],
         *,
+        context: Any = None,
         mask: AbstractMask | None = None,
         positions: Int[Array, " seq"] | None = None,
         key: PRNGKeyArray | None = None,
@@ -28,14 +30,20 @@ class AbstractBlock(eqx.Module):
         Arguments:
 
         - `x`: the sequence.
+        - `context`: what every block of a stack is given besides, such as a sequence to attend to.
         - `mask`: who may attend to whom, besides what the block itself forbids.
         - `positions`: absolute positions; `0, 1, 2, ...` if not given.
         - `key`: for dropout.
         """
 
     @abc.abstractmethod
-    def init_cache(self, max_len: int, dtype: DTypeLike | None = None) -> Any:
-        """What `extend` needs to begin: an empty cache for `max_len` positions."""
+    def init_cache(
+        self, max_len: int, dtype: DTypeLike | None = None, *, context: Any = None
+    ) -> Any:
+        """What `extend` needs to begin: an empty cache for `max_len` positions.
+
+        What can be computed from `context` once and for all is part of it.
+        """
 
     @abc.abstractmethod
     def extend(
@@ -43,6 +51,7 @@ class AbstractBlock(eqx.Module):
         x: Float[Array, "seq d_model"],
         cache: Any,
         *,
+        context: Any = None,
         mask: AbstractMask | None = None,
         length: int | Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "seq d_model"], Any]:
@@ -52,6 +61,7 @@ class AbstractBlock(eqx.Module):
 
         - `x`: the next positions.
         - `cache`: what is kept of the earlier ones.
+        - `context`: as in `__call__`, where a block needs more of it than its cache has.
         - `mask`: as in `__call__`, on absolute positions.
         - `length`: how many positions of `x` count; the rest is padding. All if not given.
 
@@ -62,64 +72,62 @@ class AbstractBlock(eqx.Module):
 
 
 class TransformerBlock(AbstractBlock):
-    """The pre-norm transformer block.
+    """Self-attention, then an MLP, each a residual branch.
 
-        x = x + dropout(attention(attention_norm(x)))
-        x = x + dropout(mlp(mlp_norm(x)))
+        x = attention_residual(x, attention)
+        x = mlp_residual(x, mlp)
 
-    (Xiong et al., 2020, figure 1b.)
+    What the residuals do (norms before or after, dropout, scales) is theirs; see `Residual`.
+
+    Arguments:
+
+    - `attention`: mixes positions.
+    - `mlp`: maps every position on its own; called as `mlp(x, key=key)`.
+    - `attention_residual`, `mlp_residual`: how each is added.
     """
 
-    attention_norm: Callable[[Array], Array]
     attention: AbstractAttention
-    mlp_norm: Callable[[Array], Array]
     mlp: Callable[..., Array]
-    dropout: eqx.nn.Dropout
-
-    def __init__(
-        self,
-        attention_norm: Callable[[Array], Array],
-        attention: AbstractAttention,
-        mlp_norm: Callable[[Array], Array],
-        mlp: Callable[..., Array],
-        *,
-        dropout_rate: float = 0.0,
-    ):
-        """Arguments:
-
-        - `attention_norm`, `mlp_norm`: applied to what enters each branch, `[seq, d_model]`.
-        - `attention`: mixes positions.
-        - `mlp`: maps every position on its own; called as `mlp(x, key=key)`.
-        - `dropout_rate`: the probability with which an output of a branch is dropped.
-        """
-        if not 0 <= dropout_rate < 1:
-            raise ValueError(
-                f"TransformerBlock: dropout_rate={dropout_rate} must be at least 0 and below 1."
-            )
-        self.attention_norm = attention_norm
-        self.attention = attention
-        self.mlp_norm = mlp_norm
-        self.mlp = mlp
-        self.dropout = eqx.nn.Dropout(dropout_rate)
+    attention_residual: Residual
+    mlp_residual: Residual
 
     @unbatched(x="seq d_model")
     def __call__(
         self,
         x: Float[Array, "seq d_model"],
         *,
+        context: Any = None,
         mask: AbstractMask | None = None,
         positions: Int[Array, " seq"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "seq d_model"]:
-        """Maps a whole sequence; see `AbstractBlock`."""
+        """Maps a whole sequence; see `AbstractBlock`. There is no `context` here."""
+        options = {"context": context, "mask": mask, "positions": positions, "key": key}
+        return self.apply_with_stats(x, **options)[0]
+
+    def apply_with_stats(
+        self,
+        x: Float[Array, "seq d_model"],
+        *,
+        context: Any = None,
+        mask: AbstractMask | None = None,
+        positions: Int[Array, " seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "seq d_model"], Any]:
+        """What `__call__` returns, and the statistics of a mixture of experts; `None` without."""
+        no_context(self, context)
 
         def attend(h: Array, key: PRNGKeyArray | None) -> tuple[Array, None]:
             return self.attention(h, mask=mask, positions=positions, key=key), None
 
-        return self._residual(x, attend, key)[0]
+        x, (_, stats) = self._branches(x, attend, key)
+        return x, stats
 
-    def init_cache(self, max_len: int, dtype: DTypeLike | None = None) -> Any:
+    def init_cache(
+        self, max_len: int, dtype: DTypeLike | None = None, *, context: Any = None
+    ) -> Any:
         """The empty cache of the attention layer."""
+        no_context(self, context)
         return self.attention.init_cache(max_len, dtype)
 
     @unbatched(x="seq d_model")
@@ -128,24 +136,208 @@ class TransformerBlock(AbstractBlock):
         x: Float[Array, "seq d_model"],
         cache: Any,
         *,
+        context: Any = None,
         mask: AbstractMask | None = None,
         length: int | Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "seq d_model"], Any]:
         """Maps the next positions of a sequence; see `AbstractBlock`."""
+        no_context(self, context)
 
         def attend(h: Array, key: PRNGKeyArray | None) -> tuple[Array, Any]:
             return self.attention.extend(h, cache, mask=mask, length=length)
 
-        return self._residual(x, attend, None)
+        x, (cache, _) = self._branches(x, attend, None)
+        return x, cache
 
-    def _residual(
+    def _branches(self, x: Array, attend: Branch, key: PRNGKeyArray | None) -> tuple[Array, Any]:
+        keys = (None, None) if key is None else jax.random.split(key)
+        x, cache = self.attention_residual(x, attend, key=keys[0])
+        x, stats = self.mlp_residual(x, mlp_branch(self.mlp), key=keys[1])
+        return x, (cache, stats)
+
+
+class ParallelBlock(AbstractBlock):
+    """Self-attention and an MLP side by side, in one residual branch.
+
+        x = residual(x, attention + mlp)
+
+    (Wang and Komatsuzaki, GPT-J, 2021; with a norm for each: Black et al., GPT-NeoX, 2022.)
+
+    Arguments:
+
+    - `attention`: mixes positions.
+    - `mlp`: maps every position on its own; called as `mlp(x, key=key)`.
+    - `residual`: how their sum is added. Its norm is that of both, unless they have their own.
+    - `attention_norm`, `mlp_norm`: norms of their own.
+    """
+
+    attention: AbstractAttention
+    mlp: Callable[..., Array]
+    residual: Residual
+    attention_norm: Norm | None = None
+    mlp_norm: Norm | None = None
+
+    @unbatched(x="seq d_model")
+    def __call__(
         self,
-        x: Array,
-        attend: Callable[[Array, PRNGKeyArray | None], tuple[Array, Any]],
-        key: PRNGKeyArray | None,
-    ) -> tuple[Array, Any]:
-        keys = (None,) * 4 if key is None else jax.random.split(key, 4)
-        h, cache = attend(self.attention_norm(x), keys[0])
-        x = x + self.dropout(h, key=keys[1])
-        h = self.mlp(self.mlp_norm(x), key=keys[2])
-        return x + self.dropout(h, key=keys[3]), cache
+        x: Float[Array, "seq d_model"],
+        *,
+        context: Any = None,
+        mask: AbstractMask | None = None,
+        positions: Int[Array, " seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "seq d_model"]:
+        """Maps a whole sequence; see `AbstractBlock`. There is no `context` here."""
+        options = {"context": context, "mask": mask, "positions": positions, "key": key}
+        return self.apply_with_stats(x, **options)[0]
+
+    def apply_with_stats(
+        self,
+        x: Float[Array, "seq d_model"],
+        *,
+        context: Any = None,
+        mask: AbstractMask | None = None,
+        positions: Int[Array, " seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "seq d_model"], Any]:
+        """What `__call__` returns, and the statistics of a mixture of experts; `None` without."""
+        no_context(self, context)
+
+        def attend(h: Array, key: PRNGKeyArray | None) -> tuple[Array, None]:
+            return self.attention(h, mask=mask, positions=positions, key=key), None
+
+        x, (_, stats) = self._branches(x, attend, key)
+        return x, stats
+
+    def init_cache(
+        self, max_len: int, dtype: DTypeLike | None = None, *, context: Any = None
+    ) -> Any:
+        """The empty cache of the attention layer."""
+        no_context(self, context)
+        return self.attention.init_cache(max_len, dtype)
+
+    @unbatched(x="seq d_model")
+    def extend(
+        self,
+        x: Float[Array, "seq d_model"],
+        cache: Any,
+        *,
+        context: Any = None,
+        mask: AbstractMask | None = None,
+        length: int | Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "seq d_model"], Any]:
+        """Maps the next positions of a sequence; see `AbstractBlock`."""
+        no_context(self, context)
+
+        def attend(h: Array, key: PRNGKeyArray | None) -> tuple[Array, Any]:
+            return self.attention.extend(h, cache, mask=mask, length=length)
+
+        x, (cache, _) = self._branches(x, attend, None)
+        return x, cache
+
+    def _branches(self, x: Array, attend: Branch, key: PRNGKeyArray | None) -> tuple[Array, Any]:
+        def both(h: Array, key: PRNGKeyArray | None) -> tuple[Array, Any]:
+            keys = (None, None) if key is None else jax.random.split(key)
+            a, cache = attend(h if self.attention_norm is None else self.attention_norm(h), keys[0])
+            h = h if self.mlp_norm is None else self.mlp_norm(h)
+            m, stats = mlp_branch(self.mlp)(h, keys[1])
+            return a + m, (cache, stats)
+
+        return self.residual(x, both, key=key)
+
+
+class BlockSequence(AbstractBlock):
+    """Blocks one after another, as one block: the period of a stack whose layers differ.
+
+    A stack of these with five local blocks and a global one is Gemma 3's pattern.
+
+    Arguments:
+
+    - `blocks`: in the order in which they are applied.
+    """
+
+    blocks: tuple[AbstractBlock, ...]
+
+    def __check_init__(self) -> None:
+        if not self.blocks:
+            raise ValueError("BlockSequence: there must be at least one block.")
+
+    @unbatched(x="seq d_model")
+    def __call__(
+        self,
+        x: Float[Array, "seq d_model"],
+        *,
+        context: Any = None,
+        mask: AbstractMask | None = None,
+        positions: Int[Array, " seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "seq d_model"]:
+        """Maps a whole sequence; see `AbstractBlock`."""
+        count = len(self.blocks)
+        keys = [None] * count if key is None else jax.random.split(key, count)
+        for block, key in zip(self.blocks, keys, strict=True):
+            x = block(x, context=context, mask=mask, positions=positions, key=key)
+        return x
+
+    def apply_with_stats(
+        self,
+        x: Float[Array, "seq d_model"],
+        *,
+        context: Any = None,
+        mask: AbstractMask | None = None,
+        positions: Int[Array, " seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "seq d_model"], tuple[Any, ...]]:
+        """What `__call__` returns, and the statistics of every block that has any."""
+        count = len(self.blocks)
+        keys = [None] * count if key is None else jax.random.split(key, count)
+        stats = []
+        for block, key in zip(self.blocks, keys, strict=True):
+            options = {"context": context, "mask": mask, "positions": positions, "key": key}
+            apply = getattr(block, "apply_with_stats", None)
+            x, of_block = (block(x, **options), None) if apply is None else apply(x, **options)
+            stats.append(of_block)
+        return x, tuple(stats)
+
+    def init_cache(
+        self, max_len: int, dtype: DTypeLike | None = None, *, context: Any = None
+    ) -> tuple[Any, ...]:
+        """The empty caches of the blocks."""
+        return tuple(block.init_cache(max_len, dtype, context=context) for block in self.blocks)
+
+    @unbatched(x="seq d_model")
+    def extend(
+        self,
+        x: Float[Array, "seq d_model"],
+        cache: tuple[Any, ...],
+        *,
+        context: Any = None,
+        mask: AbstractMask | None = None,
+        length: int | Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "seq d_model"], tuple[Any, ...]]:
+        """Maps the next positions of a sequence; see `AbstractBlock`."""
+        caches = []
+        for block, old in zip(self.blocks, cache, strict=True):
+            x, new = block.extend(x, old, context=context, mask=mask, length=length)
+            caches.append(new)
+        return x, tuple(caches)
+
+
+def mlp_branch(mlp: Callable[..., Array]) -> Branch:
+    """An MLP as a branch; what a mixture of experts has to tell besides is what it returns too."""
+
+    def branch(h: Array, key: PRNGKeyArray | None) -> tuple[Array, Any]:
+        if isinstance(mlp, MixtureOfExperts):
+            return mlp.apply_with_stats(h, key=key)
+        return mlp(h, key=key), None
+
+    return branch
+
+
+def no_context(block: AbstractBlock, context: Any) -> None:
+    """Refuses a context, for blocks that would not look at it."""
+    if context is not None:
+        raise ValueError(
+            f"{type(block).__name__}: there is no use for the context that was given; leave it "
+            "out, or use blocks that attend to one, such as DecoderBlock."
+        )

@@ -11,6 +11,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 from .._scan import filter_scan
 from .._unbatched import unbatched
 from ..attention import AbstractMask
+from ..nn import DropPath
 from ._block import AbstractBlock
 
 Remat = bool | Callable[..., Any] | None
@@ -92,6 +93,7 @@ class Stack(eqx.Module):
         self,
         x: Float[Array, "seq d_model"],
         *,
+        context: Any = None,
         mask: AbstractMask | None = None,
         positions: Int[Array, " seq"] | None = None,
         key: PRNGKeyArray | None = None,
@@ -101,24 +103,77 @@ class Stack(eqx.Module):
         Arguments:
 
         - `x`: the sequence.
+        - `context`: what every block is given besides, such as a sequence to attend to.
         - `mask`: who may attend to whom, in every block, besides what the block itself forbids.
         - `positions`: absolute positions; `0, 1, 2, ...` if not given.
         - `key`: for dropout; split once for each layer.
         """
+
+        def apply(block: AbstractBlock, x: Array, **options: Any) -> tuple[Array, None]:
+            return block(x, **options), None
+
+        options = {"context": context, "mask": mask, "positions": positions}
+        return self._scan(apply, x, key, options)[0]
+
+    @jax.named_scope("eqx_transformer.stacks.Stack.apply_with_stats")
+    @unbatched(x="seq d_model")
+    def apply_with_stats(
+        self,
+        x: Float[Array, "seq d_model"],
+        *,
+        context: Any = None,
+        mask: AbstractMask | None = None,
+        positions: Int[Array, " seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "seq d_model"], Any]:
+        """What `__call__` returns, and what the routers of mixtures of experts did.
+
+        Arguments are those of `__call__`.
+
+        Returns:
+
+        The sequence, and the blocks' `RouterStats`, each number with a leading axis for the layers;
+        `None` if the blocks have no experts.
+
+        Raises:
+
+        - `ValueError` if the blocks are of a class without `apply_with_stats`.
+        """
+
+        def apply(block: Any, x: Array, **options: Any) -> tuple[Array, Any]:
+            return block.apply_with_stats(x, **options)
+
+        if not hasattr(self.blocks, "apply_with_stats"):
+            raise ValueError(
+                f"Stack: {type(self.blocks).__name__} has no apply_with_stats; call the stack, or "
+                "give the block such a method."
+            )
+        options = {"context": context, "mask": mask, "positions": positions}
+        return self._scan(apply, x, key, options)
+
+    def _scan(
+        self,
+        apply: Callable[..., tuple[Array, Any]],
+        x: Array,
+        key: PRNGKeyArray | None,
+        options: dict[str, Any],
+    ) -> tuple[Array, Any]:
         keys = None if key is None else jax.random.split(key, self.num_layers)
 
-        def step(x: Array, layer: tuple[AbstractBlock, Any]) -> tuple[Array, None]:
+        def step(x: Array, layer: tuple[AbstractBlock, Any]) -> tuple[Array, Any]:
             block, key = layer
-            return block(x, mask=mask, positions=positions, key=key), None
+            return apply(block, x, key=key, **options)
 
         xs = (self.blocks, keys)
-        x, _ = filter_scan(step, x, xs, self.num_layers, unroll=self.unroll, remat=self.remat)
-        return x
+        return filter_scan(step, x, xs, self.num_layers, unroll=self.unroll, remat=self.remat)
 
-    def init_cache(self, max_len: int, dtype: DTypeLike | None = None) -> Any:
+    def init_cache(
+        self, max_len: int, dtype: DTypeLike | None = None, *, context: Any = None
+    ) -> Any:
         """Empty caches for `max_len` positions, stacked like the blocks."""
         init = eqx.filter_vmap(
-            lambda block: block.init_cache(max_len, dtype), axis_size=self.num_layers
+            lambda block: block.init_cache(max_len, dtype, context=context),
+            axis_size=self.num_layers,
         )
         return init(self.blocks)
 
@@ -129,6 +184,7 @@ class Stack(eqx.Module):
         x: Float[Array, "seq d_model"],
         cache: Any,
         *,
+        context: Any = None,
         mask: AbstractMask | None = None,
         length: int | Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "seq d_model"], Any]:
@@ -138,11 +194,14 @@ class Stack(eqx.Module):
         """
 
         def step(x: Array, layer: tuple[AbstractBlock, Any]) -> tuple[Array, Any]:
-            block, cache = layer
-            return block.extend(x, cache, mask=mask, length=length)
+            block, old = layer
+            x, new = block.extend(x, old, context=context, mask=mask, length=length)
+            # What a block hands back untouched (a memory it attends to) need not be copied.
+            return x, jax.tree.map(lambda a, b: None if a is b else b, old, new)
 
         xs = (self.blocks, cache)
-        return filter_scan(step, x, xs, self.num_layers, unroll=self.unroll)
+        x, changed = filter_scan(step, x, xs, self.num_layers, unroll=self.unroll)
+        return x, eqx.combine(changed, cache)
 
     def __len__(self) -> int:
         return self.num_layers
@@ -160,6 +219,38 @@ class Stack(eqx.Module):
     def unstack(self) -> tuple[AbstractBlock, ...]:
         """The layers, each on its own. `Stack.from_layers` is the way back."""
         return tuple(self[i] for i in range(self.num_layers))
+
+
+def linear_drop_path(stack: Stack, rate: float) -> Stack:
+    """The stack with rates of `DropPath` that grow with depth: `rate * i / (num_layers - 1)`.
+
+    (Huang et al., 2016, equation 4, beginning at zero.)
+
+    Arguments:
+
+    - `stack`: whose blocks contain `DropPath`s.
+    - `rate`: that of the last layer.
+
+    Raises:
+
+    - `ValueError` if `rate` is out of range, or there is no `DropPath` in the blocks.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"linear_drop_path: rate={rate} must be at least 0 and below 1.")
+    rates = rate * jnp.arange(stack.num_layers, dtype=jnp.float32) / max(stack.num_layers - 1, 1)
+    scheduled = eqx.filter_vmap(DropPath)(rates).threshold
+
+    def is_drop_path(x: Any) -> bool:
+        return isinstance(x, DropPath)
+
+    def drop_paths(stack: Stack) -> list[Any]:
+        leaves = jax.tree.leaves(stack.blocks, is_leaf=is_drop_path)
+        return [x.threshold for x in leaves if is_drop_path(x)]
+
+    count = len(drop_paths(stack))
+    if not count:
+        raise ValueError("linear_drop_path: the blocks of the stack contain no DropPath.")
+    return eqx.tree_at(drop_paths, stack, [scheduled] * count)
 
 
 def _stacked(layers: list[AbstractBlock]) -> AbstractBlock:

@@ -34,6 +34,6 @@ def test_only_matrices_decay():
     with jax.numpy_dtype_promotion("standard"):  # optax raises a Python float to an integer
         updates, _ = optimiser.update(zeros, optimiser.init(parameters), parameters)
     stepped = eqx.apply_updates(model, updates)
-    assert jnp.array_equal(stepped.stack.blocks.attention_norm.weight, jnp.ones((3, 8)))
+    assert jnp.array_equal(stepped.stack.blocks.attention_residual.norm.weight, jnp.ones((3, 8)))
     ratio = stepped.stack.blocks.mlp.up_proj.weight / model.stack.blocks.mlp.up_proj.weight
     assert jnp.allclose(ratio, 0.95)

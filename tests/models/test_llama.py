@@ -57,7 +57,7 @@ def _reference(model, tokens):
     x = get(model.embedding.weight)[np.asarray(tokens)]
     group = config.num_heads // config.num_kv_heads
     for block in model.stack:
-        h, attention = rms(x, block.attention_norm.weight), block.attention
+        h, attention = rms(x, block.attention_residual.norm.weight), block.attention
         q, k, v = (
             h @ get(p.weight) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
@@ -68,7 +68,7 @@ def _reference(model, tokens):
             weights = np.tril(np.exp(qi @ kj.T / math.sqrt(d)))
             heads.append(weights / weights.sum(-1, keepdims=True) @ v[:, j * d : (j + 1) * d])
         x = x + np.concatenate(heads, -1) @ get(attention.o_proj.weight)
-        h, mlp = rms(x, block.mlp_norm.weight), block.mlp
+        h, mlp = rms(x, block.mlp_residual.norm.weight), block.mlp
         gate = h @ get(mlp.gate_proj.weight)
         x = x + gate / (1 + np.exp(-gate)) * (h @ get(mlp.up_proj.weight)) @ get(
             mlp.down_proj.weight
@@ -256,7 +256,7 @@ def test_every_leaf_is_a_parameter(getkey):
     names = {jax.tree_util.keystr(path) for path, _ in paths}
     projections = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"]
     projections += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    norms = ["attention_norm", "mlp_norm", "attention.q_norm", "attention.k_norm"]
+    norms = ["attention_residual.norm", "mlp_residual.norm", "attention.q_norm", "attention.k_norm"]
     blocks = [f"{p}.{leaf}" for p in projections for leaf in ("weight", "bias")]
     blocks += [f"{n}.weight" for n in norms]
     expected = {f".stack.blocks.{leaf}" for leaf in blocks}

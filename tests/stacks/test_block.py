@@ -9,7 +9,7 @@ import pytest
 
 from eqx_transformer.attention import Causal, dot_product_attention
 from eqx_transformer.nn import Attention, GatedMLP, RMSNorm, RoPE
-from eqx_transformer.stacks import TransformerBlock
+from eqx_transformer.stacks import Residual, TransformerBlock
 
 SEQ, D_MODEL = 11, 8
 
@@ -26,7 +26,8 @@ def make(attention_fn, key):
         key=attention_key,
     )
     mlp = GatedMLP(D_MODEL, 16, key=mlp_key)
-    return TransformerBlock(RMSNorm(D_MODEL), attention, RMSNorm(D_MODEL), mlp)
+    residuals = (Residual(RMSNorm(D_MODEL)) for _ in range(2))
+    return TransformerBlock(attention, mlp, *residuals)
 
 
 def derivatives(block, x, dx, weight):

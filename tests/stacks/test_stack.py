@@ -7,7 +7,7 @@ import pytest
 
 from eqx_transformer.attention import Causal, Padding, SlidingWindow
 from eqx_transformer.nn import MLP, Attention, LayerNorm, RMSNorm, RoPE
-from eqx_transformer.stacks import AbstractBlock, Stack, TransformerBlock
+from eqx_transformer.stacks import BlockSequence, Residual, Stack, TransformerBlock
 
 SEQ, D_MODEL, DEPTH = 5, 8, 4
 
@@ -25,7 +25,8 @@ def _make_block(*, key, mask=None, dropout_rate=0.0, attention_dropout=0.0):
     )
     mlp = MLP(D_MODEL, 12, key=k2)
     norms = RMSNorm(D_MODEL), LayerNorm(D_MODEL)
-    return TransformerBlock(norms[0], attention, norms[1], mlp, dropout_rate=dropout_rate)
+    residuals = (Residual(norm, dropout_rate=dropout_rate) for norm in norms)
+    return TransformerBlock(attention, mlp, *residuals)
 
 
 def _loop(layers, x, **options):
@@ -41,8 +42,8 @@ def _close(a, b, tolerance=1e-5):
 
 def test_block(getkey):
     block, x = _make_block(key=getkey()), jr.normal(getkey(), (SEQ, D_MODEL))
-    h = x + block.attention(block.attention_norm(x))
-    _close(block(x), h + block.mlp(block.mlp_norm(h)))
+    h = x + block.attention(block.attention_residual.norm(x))
+    _close(block(x), h + block.mlp(block.mlp_residual.norm(h)))
 
 
 @pytest.mark.parametrize(
@@ -152,35 +153,21 @@ def test_extend(getkey, options):
     assert (cache.length == SEQ).all()
 
 
-class _Pair(AbstractBlock):
+def _make_pair(*, key):
     """Two different layers as one: how a stack gets a pattern."""
-
-    local: TransformerBlock
-    full: TransformerBlock
-
-    def __init__(self, *, key):
-        k1, k2 = jr.split(key)
-        self.local = _make_block(key=k1, mask=Causal() & SlidingWindow(1, 0))
-        self.full = _make_block(key=k2)
-
-    def __call__(self, x, *, mask=None, positions=None, key=None):
-        return _loop((self.local, self.full), x, mask=mask, positions=positions, key=key)
-
-    def init_cache(self, max_len, dtype=None):
-        return self.local.init_cache(max_len, dtype), self.full.init_cache(max_len, dtype)
-
-    def extend(self, x, cache, *, mask=None, length=None):
-        x, local = self.local.extend(x, cache[0], mask=mask, length=length)
-        x, full = self.full.extend(x, cache[1], mask=mask, length=length)
-        return x, (local, full)
+    k1, k2 = jr.split(key)
+    local = _make_block(key=k1, mask=Causal() & SlidingWindow(1, 0))
+    return BlockSequence((local, _make_block(key=k2)))
 
 
 def test_block_of_blocks(getkey):
-    stack, x = Stack(_Pair, 2, key=getkey()), jr.normal(getkey(), (SEQ, D_MODEL))
-    layers = [layer for pair in stack for layer in (pair.local, pair.full)]
+    stack, x = Stack(_make_pair, 2, key=getkey()), jr.normal(getkey(), (SEQ, D_MODEL))
+    layers = [layer for pair in stack for layer in pair.blocks]
     _close(stack(x), _loop(layers, x))
     out, _ = stack.extend(x, stack.init_cache(SEQ))
     _close(out, stack(x))
+    with pytest.raises(ValueError, match="at least one"):
+        BlockSequence(())
 
 
 def test_errors(getkey):

@@ -1,0 +1,139 @@
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
+
+from .._unbatched import unbatched
+from ..attention import AbstractMask
+from ..nn import Linear
+from ..stacks import Source, Stack
+from ._decoder import TokenCache, extend, init_token_cache, logits, make_head
+from ._encoder import encode
+from ._token_embedding import TokenEmbedding
+from ._transformer_config import TransformerConfig, make_norm, make_stack
+
+
+class EncoderDecoder(eqx.Module):
+    """An encoder for a source, and a decoder that attends to what it returns.
+
+    Nobody attends to padding, of the source or of the target. Both have the same vocabulary and
+    share its embedding. (Vaswani et al., 2017.)
+    """
+
+    config: TransformerConfig = eqx.field(static=True)
+    embedding: TokenEmbedding
+    encoder: Stack
+    encoder_norm: Any
+    decoder: Stack
+    decoder_norm: Any
+    head: Linear | None
+
+    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
+        """Arguments:
+
+        - `config`: the numbers. The decoder has `num_decoder_layers`.
+        - `key`: for the initial weights.
+        """
+        keys = jax.random.split(key, 4)
+        num_layers = config.num_layers
+        if config.num_decoder_layers is not None:
+            num_layers = config.num_decoder_layers
+        self.config = config
+        self.embedding = TokenEmbedding(config, key=keys[0])
+        self.encoder = make_stack(config, config.num_layers, causal=False, key=keys[1])
+        self.encoder_norm = make_norm(config, config.d_model) if config.final_norm else None
+        self.decoder = make_stack(config, num_layers, causal=True, cross=True, key=keys[2])
+        self.decoder_norm = make_norm(config, config.d_model) if config.final_norm else None
+        self.head = make_head(config, key=keys[3])
+
+    @jax.named_scope("eqx_transformer.models.EncoderDecoder")
+    @unbatched(source="source_seq", target="seq")
+    def __call__(
+        self,
+        source: Int[Array, " source_seq"],
+        target: Int[Array, " seq"],
+        *,
+        mask: AbstractMask | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "seq vocab"]:
+        """The logits of the next target token at every position of the target.
+
+        Arguments:
+
+        - `source`: tokens the encoder reads.
+        - `target`: tokens the decoder reads: the target shifted by one, after a token that begins
+            it.
+        - `mask`: who may attend to whom within the target, besides being causal and not attending
+            to padding.
+        - `key`: for dropout; needed if there is any, unless switched off by
+            `eqx.nn.inference_mode`.
+
+        Raises:
+
+        - `ValueError` if there are more than `max_len` tokens.
+        """
+        return self.apply_with_stats(source, target, mask=mask, key=key)[0]
+
+    @unbatched(source="source_seq", target="seq")
+    def apply_with_stats(
+        self,
+        source: Int[Array, " source_seq"],
+        target: Int[Array, " seq"],
+        *,
+        mask: AbstractMask | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "seq vocab"], tuple[Any, Any]]:
+        """What `__call__` returns, and the `RouterStats` of encoder and decoder, if any."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        encoded, encoder_stats = self._encode(source, keys[0])
+        parts = (self.embedding, self.decoder, self.decoder_norm)
+        x, stats = encode(*parts, target, context=encoded, mask=mask, key=keys[1])
+        return logits(self.embedding, self.head, x), (encoder_stats, stats)
+
+    @unbatched(source="source_seq")
+    def encode(
+        self, source: Int[Array, " source_seq"], *, key: PRNGKeyArray | None = None
+    ) -> Source:
+        """What the encoder makes of the source, and which of it is not padding."""
+        return self._encode(source, key)[0]
+
+    def _encode(self, source: Array, key: PRNGKeyArray | None) -> tuple[Source, Any]:
+        parts = (self.embedding, self.encoder, self.encoder_norm)
+        memory, stats = encode(*parts, source, key=key)
+        return Source(memory, self.embedding.mask(source, None)), stats
+
+    @unbatched(source="source_seq")
+    def init_cache(
+        self,
+        source: Int[Array, " source_seq"],
+        max_len: int | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> TokenCache:
+        """An empty cache for the target. The source is encoded, and projected for every layer.
+
+        Arguments:
+
+        - `source`: tokens the encoder reads. Dropout is off.
+        - `max_len`: how many target tokens fit; `cache_max_len` or `max_len` of the configuration
+            if not given.
+        - `dtype`: what keys and values are stored in; that of the weights if not given.
+        """
+        encoded = eqx.nn.inference_mode(self).encode(source)
+        parts = (self.config, self.embedding, self.decoder)
+        return init_token_cache(*parts, max_len, dtype, context=encoded)
+
+    @jax.named_scope("eqx_transformer.models.EncoderDecoder.extend")
+    @unbatched(tokens="seq")
+    def extend(
+        self,
+        tokens: Int[Array, " seq"],
+        cache: TokenCache,
+        *,
+        mask: AbstractMask | None = None,
+        length: int | Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "seq vocab"], TokenCache]:
+        """The logits at the next positions of the target; see `TransformerDecoder.extend`."""
+        parts = (self.embedding, self.decoder, self.decoder_norm)
+        x, cache = extend(*parts, tokens, cache, mask=mask, length=length)
+        return logits(self.embedding, self.head, x), cache
