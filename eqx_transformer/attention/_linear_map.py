@@ -11,7 +11,7 @@ which is why neither is used. Only this module touches JAX's primitive machinery
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,8 @@ def linear_map(
     transpose: Callable[[PyTree, PyTree], PyTree],
     residuals: PyTree,
     operands: PyTree,
+    *,
+    batch: "BatchRule | None" = None,
 ) -> PyTree:
     """Computes `function(residuals, operands)`, whose transpose is `transpose`.
 
@@ -41,6 +43,7 @@ def linear_map(
         `cotangents` and differentiable by JAX in `residuals`.
     - `residuals`: a PyTree; its non-array leaves must be hashable.
     - `operands`: a PyTree of floating arrays.
+    - `batch`: what `vmap` makes of this, if not the map applied to every example. Hashable.
 
     Returns:
 
@@ -62,8 +65,15 @@ def linear_map(
         forward=forward,
         backward=backward,
         num_residuals=len(dynamic_leaves),
+        batch=batch,
     )
     return jax.tree.unflatten(out_treedef, out)
+
+
+BatchRule = Callable[[int, PyTree, PyTree, tuple[PyTree, PyTree]], PyTree]
+"""`(size, residuals, operands, batched)` to the results of a batch, made of operations with
+derivatives, or None where there is nothing better than the default. What is batched is so along its
+first axis; `batched` says what that is, for residuals and operands."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +99,18 @@ class _Flat:
     in_treedef: Any
     out_treedef: Any
 
+    def unflatten(self, residuals: list[Any], operands: list[Any]) -> tuple[PyTree, PyTree]:
+        operands_tree = jax.tree.unflatten(self.in_treedef, operands)
+        return self.context.residuals(residuals), operands_tree
+
+    def unflatten_flags(self, axes: Sequence[Any]) -> tuple[PyTree, PyTree]:
+        flags = [axis is not None for axis in axes]
+        count = self.context.dynamic_treedef.num_leaves
+        residuals = jax.tree.unflatten(self.context.dynamic_treedef, flags[:count])
+        return residuals, jax.tree.unflatten(self.in_treedef, flags[count:])
+
     def __call__(self, residuals: list[Any], operands: list[Any]) -> list[Any]:
-        out = self.function(
-            self.context.residuals(residuals),
-            jax.tree.unflatten(self.in_treedef, operands),
-        )
+        out = self.function(*self.unflatten(residuals, operands))
         leaves, treedef = jax.tree.flatten(out)
         if treedef != self.out_treedef:
             raise ValueError(
@@ -124,8 +141,8 @@ _linear_map_p = Primitive("linear_map")
 _linear_map_p.multiple_results = True
 
 
-def _run(*args, forward, backward, num_residuals):
-    del backward
+def _run(*args, forward, backward, num_residuals, batch):
+    del backward, batch
     return forward(list(args[:num_residuals]), list(args[num_residuals:]))
 
 
@@ -144,12 +161,13 @@ def _abstract_eval(*avals, **params):
 mlir.register_lowering(_linear_map_p, mlir.lower_fun(_run, multiple_results=True))
 
 
-def _jvp(primals, tangents, *, forward, backward, num_residuals):
+def _jvp(primals, tangents, *, forward, backward, num_residuals, batch):
     bind = partial(
         _linear_map_p.bind,
         forward=forward,
         backward=backward,
         num_residuals=num_residuals,
+        batch=batch,
     )
     residuals, operands = list(primals[:num_residuals]), list(primals[num_residuals:])
     out = bind(*residuals, *operands)
@@ -178,7 +196,8 @@ def _jvp(primals, tangents, *, forward, backward, num_residuals):
     return out, [sum(parts[1:], start=parts[0]) for parts in zip(*terms, strict=True)]
 
 
-def _transpose(cotangents, *args, forward, backward, num_residuals):
+def _transpose(cotangents, *args, forward, backward, num_residuals, batch):
+    del batch  # it is about the forward direction
     residuals = args[:num_residuals]
     assert not any(ad.is_undefined_primal(x) for x in residuals)
     cotangents = [ad.instantiate_zeros(x) for x in cotangents]
@@ -188,6 +207,7 @@ def _transpose(cotangents, *args, forward, backward, num_residuals):
         forward=backward,
         backward=forward,
         num_residuals=num_residuals,
+        batch=None,
     )
     return [None] * num_residuals + [
         x if ad.is_undefined_primal(arg) else None
@@ -195,10 +215,15 @@ def _transpose(cotangents, *args, forward, backward, num_residuals):
     ]
 
 
-def _batch(args, axes, *, forward, backward, num_residuals):
+def _batch(args, axes, *, forward, backward, num_residuals, batch):
     size = next(x.shape[a] for x, a in zip(args, axes, strict=True) if a is not None)
     args = [x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(args, axes, strict=True)]
     residuals, operands = args[:num_residuals], args[num_residuals:]
+    if batch is not None:
+        out = batch(size, *forward.unflatten(residuals, operands), forward.unflatten_flags(axes))
+        if out is not None:
+            out = jax.tree.leaves(out)
+            return out, [0] * len(out)
     residual_axes = tuple(None if a is None else 0 for a in axes[:num_residuals])
     # An operand shared by the batch is broadcast here, outside the primitive, so that summing
     # its cotangent over the batch is JAX's own transpose of broadcasting; and by `vmap`, which
@@ -215,6 +240,7 @@ def _batch(args, axes, *, forward, backward, num_residuals):
         forward=_Batched(forward, residual_axes, size),
         backward=_Batched(backward, residual_axes, size),
         num_residuals=num_residuals,
+        batch=None,
     )
     return out, [0] * len(out)
 

@@ -11,8 +11,7 @@ latter on a CPU, cannot be batched over rows alone, and takes matrices only.
 JAX does not differentiate such a loop, and would batch it with a copy of the parameters for every
 example. So the map has rules. It is closed under differentiation: its tangent is the same map for
 the tangent of the function, its transpose the same map for the transpose of that. Hence every
-derivative of every order is one such loop. A batch becomes more rows; but the gradient of
-parameters that it shares is made for every example, with groups of their own, and then summed.
+derivative of every order is one such loop. A batch becomes more rows.
 """
 
 import dataclasses
@@ -150,7 +149,34 @@ def _push(block: Block, num_groups: int, inputs: PyTree, tangents: PyTree) -> Py
         _Pull(block, num_groups, moving),
         inputs,
         tangents,
+        batch=_PushBatch(block, num_groups),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _PushBatch:
+    """`_Push` for a batch that shares the parameters: the same for more rows.
+
+    Its transpose sums over the batch where it goes. Else there would be a cotangent of the
+    parameters for every example first.
+    """
+
+    block: Block
+    num_groups: int
+
+    def __call__(self, size: int, residuals: PyTree, operands: PyTree, batched: Any) -> PyTree:
+        (params, rows, groups), (dparams, drows) = residuals, operands
+        (params_batched, rows_batched, groups_batched), (dparams_batched, drows_batched) = batched
+        if any(jax.tree.leaves((params_batched, dparams_batched))):
+            return None
+        fold = partial(_fold, size)
+        rows = jax.tree.map(fold, rows, rows_batched)
+        drows = jax.tree.map(fold, drows, drows_batched)
+        if _has_sums(self.block, params, rows):
+            return None
+        inputs = (params, rows, fold(groups, groups_batched))
+        out = _push(self.block, self.num_groups, inputs, (dparams, drows))
+        return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
 
 
 def _fold(size: int, x: Array, is_batched: bool) -> Array:

@@ -291,7 +291,8 @@ class MixtureOfExperts(eqx.Module):
         params, static = eqx.partition(self.experts, eqx.is_array)
         rows = jnp.repeat(x, self.top_k, axis=0)
         groups = chosen.reshape(-1)
-        out = grouped_map(_Expert(static), params, rows, groups, self.num_experts)
+        leaves, treedef = jax.tree.flatten(static)
+        out = grouped_map(_Expert(tuple(leaves), treedef), params, rows, groups, self.num_experts)
         return out.reshape(*chosen.shape, -1)
 
     def _with_capacity(self, x: Array, chosen: Array) -> tuple[Array, Array]:
@@ -347,9 +348,14 @@ def _call(expert: Callable[[Array], Array], rows: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Expert:
-    """Applies an expert whose arrays come from elsewhere."""
+    """Applies an expert whose arrays come from elsewhere.
 
-    static: Any
+    The rest is flattened: what it holds can be hashed, a dictionary of options that it is in not.
+    """
+
+    leaves: tuple[Any, ...]
+    treedef: Any
 
     def __call__(self, params: PyTree, rows: Array) -> tuple[Array, None]:
-        return _call(eqx.combine(params, self.static), rows), None
+        static = jax.tree.unflatten(self.treedef, self.leaves)
+        return _call(eqx.combine(params, static), rows), None

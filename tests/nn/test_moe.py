@@ -446,7 +446,7 @@ def largest(function, *args):
 
 
 def test_nothing_dense_and_no_copies_of_the_weights():
-    """A batch shares the weights."""
+    """A batch shares the weights, and their gradient is summed over it where it goes."""
     d_model, d_ff, experts, seq, batch = 8, 32, 64, 16, 16
 
     def make_layer(*, key):
@@ -459,7 +459,9 @@ def test_nothing_dense_and_no_copies_of_the_weights():
     def run(arrays, x):
         return jax.vmap(eqx.combine(arrays, static))(x)
 
-    assert largest(run, arrays, x) < 2 * max(weights, logits)
+    gradient = jax.grad(lambda *args: (run(*args) ** 2).sum(), (0, 1))
+    for function in (run, gradient):
+        assert largest(function, arrays, x) < 2 * max(weights, logits)
 
 
 def test_in_a_stack():
@@ -673,3 +675,11 @@ def test_short_sequences(capacity_factor):
         y, stats = apply_with_stats(layer, x)
         np.testing.assert_allclose(y, slow(layer, x)[0], rtol=1e-4, atol=1e-5)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stats))
+
+
+def test_experts_with_options_in_a_partial(getkey):
+    activation = eqx.Partial(jax.nn.gelu, approximate=False)
+    make = eqx.Partial(MLP, 8, 12, activation=activation)
+    layer, x = MixtureOfExperts(8, 4, make, key=getkey()), jr.normal(getkey(), (6, 8))
+    gradient = eqx.filter_grad(lambda layer: (layer(x) ** 2).sum())(layer)
+    assert (gradient.router.weight != 0).any()
