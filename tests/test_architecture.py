@@ -30,9 +30,9 @@ LAYER = {
 NAMESPACES = ["", ".attention", ".nn", ".stacks", ".models", ".generation", ".interop"]
 # JAX outside of its stable interface, and who alone may use it.
 UNSTABLE = {
-    "jax.extend": {"attention/_linear_map.py"},
-    "jax.interpreters": {"attention/_linear_map.py"},
-    "jax.experimental": set(),
+    "jax.extend": {"attention/_linear_map.py", "attention/_kernels/_launch.py"},
+    "jax.interpreters": {"attention/_linear_map.py", "attention/_kernels/_launch.py"},
+    "jax.experimental": {"attention/_kernels/_tile.py", "attention/_kernels/_triton.py"},
     "jax._src": set(),
 }
 MAX_LINES = 600

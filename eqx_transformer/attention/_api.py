@@ -5,20 +5,23 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from . import _cudnn
+from . import _cudnn, _kernels
 from ._chunked import chunked
 from ._inputs import Inputs, make_inputs
 from ._masks import AbstractMask
 from ._reference import reference, weights
 from ._score_mods import ScoreMod
 
-Implementation = Literal["reference", "chunked", "cudnn"]
+Implementation = Literal["reference", "chunked", "cudnn", "pallas"]
 """Who computes attention. All of them compute the same thing, and all derivatives of it.
 
 - `"reference"`: dense, the specification. Memory `O(heads * q_seq * kv_seq)`.
 - `"chunked"`: tile by tile, skipping what the mask excludes. Memory `O(seq)`.
 - `"cudnn"`: NVIDIA's fused kernels, on GPUs from Ampere on and for plain patterns only. Forward
     mode and second derivatives are those of `"chunked"`.
+- `"pallas"`: our own fused kernels for GPUs, for every mask and nearly every score mod; elsewhere
+    they are interpreted, which is slow and for tests. They have not been run on a GPU yet, so they
+    are used only where asked for.
 """
 
 FEW_QUERIES: Final = 8
@@ -28,6 +31,7 @@ _IMPLEMENTATIONS: Final[dict[Implementation, Any]] = {
     "reference": reference,
     "chunked": chunked,
     "cudnn": _cudnn.cudnn,
+    "pallas": _kernels.pallas,
 }
 
 
@@ -236,12 +240,13 @@ def _choose(
             f"attention: implementation={implementation!r} is not one of "
             f"{get_args(Implementation)}."
         )
-    no_cudnn = _cudnn.unavailable() or refusals(inputs, lse=lse)["cudnn"]
+    no_cudnn = _cudnn.unavailable() or _refusal("cudnn", inputs, lse)
     if implementation is not None:
-        if implementation == "cudnn" and no_cudnn is not None:
+        why = no_cudnn if implementation == "cudnn" else _refusal(implementation, inputs, lse)
+        if why is not None:
             raise ValueError(
-                f"attention: implementation='cudnn' cannot compute this call: {no_cudnn}. Leave "
-                "implementation out to have one chosen that can."
+                f"attention: implementation={implementation!r} cannot compute this call: {why}. "
+                "Leave implementation out to have one chosen that can."
             )
         reasons = dict.fromkeys(_IMPLEMENTATIONS, "not asked for")
         return Explanation(implementation, reasons | {implementation: "asked for by name"})
@@ -258,13 +263,18 @@ def _choose(
         if few
         else "skips what the mask excludes, in memory linear in the sequence",
         "cudnn": no_cudnn or ("nothing to gain" if few else "the fastest for plain patterns"),
+        "pallas": "has not been run on a GPU yet; ask for it by name",
     }
     return Explanation(chosen, reasons)
 
 
 def refusals(inputs: Inputs, *, lse: bool = False) -> dict[Implementation, str | None]:
     """Why implementations cannot compute a call on any machine; `None` for those that can."""
-    no_cudnn = _cudnn.refusal(inputs)
-    if lse and no_cudnn is None:
-        no_cudnn = "rounds the log-sum-exp to the dtype of the output"
-    return {"reference": None, "chunked": None, "cudnn": no_cudnn}
+    return {name: _refusal(name, inputs, lse) for name in _IMPLEMENTATIONS}
+
+
+def _refusal(implementation: Implementation, inputs: Inputs, lse: bool) -> str | None:
+    if implementation == "cudnn":
+        lse_is_rounded = "rounds the log-sum-exp to the dtype of the output" if lse else None
+        return _cudnn.refusal(inputs) or lse_is_rounded
+    return _kernels.refusal(inputs) if implementation == "pallas" else None

@@ -123,8 +123,8 @@ def test_what_is_explained_is_what_runs():
 
 def test_implementations_by_name_are_those_documented():
     q = _x(3, 1, 2)
-    assert set(attn.Implementation.__args__) == {"reference", "chunked", "cudnn"}
-    for name in ("reference", "chunked"):
+    assert set(attn.Implementation.__args__) == {"reference", "chunked", "cudnn", "pallas"}
+    for name in ("reference", "chunked", "pallas"):
         attn.dot_product_attention(q, q, q, implementation=name)
     with pytest.raises(ValueError, match="cannot compute this call"):
         attn.dot_product_attention(q, q, q, implementation="cudnn")
