@@ -94,8 +94,9 @@ def _stack(self: Any, eqn: Any, *xs: Any) -> Any:
 
 
 def _slice(self: Any, eqn: Any, x: Any) -> Any:
-    starts = eqn.params["start_indices"]
-    strides = eqn.params["strides"] or (1,) * len(starts)
+    # NumPy's integers, sometimes.
+    starts = [int(n) for n in eqn.params["start_indices"]]
+    strides = [int(n) for n in eqn.params["strides"] or (1,) * len(starts)]
     return lambda index: self.element(
         x,
         tuple(
