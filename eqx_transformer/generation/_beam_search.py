@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._precision import accumulation_dtype
 from .._unbatched import unbatched
-from ._generate import _SMALLEST_BUCKET, AbstractDecoder
+from ._generate import check_counts
+from ._prompt import AbstractDecoder, Prompt, checked, make_prompt, prefill
 from ._sampling import Number
 
 
@@ -96,41 +97,17 @@ def beam_search(
     - An error, at run time under `jax.jit`, if `prompt_length` is out of range, or if the model
         raises one because a `cache` is full.
     """
-    seq = prompt.shape[0]
-    if seq < 1 or max_new_tokens < 1:
-        raise ValueError(
-            f"beam_search: the prompt has {seq} tokens and max_new_tokens={max_new_tokens}; both "
-            "must be at least 1."
-        )
     if num_beams < 1:
         raise ValueError(f"beam_search: num_beams={num_beams} must be at least 1.")
-    if not 0 <= min_new_tokens <= max_new_tokens:
-        raise ValueError(
-            f"beam_search: min_new_tokens={min_new_tokens} must be between 0 and "
-            f"max_new_tokens={max_new_tokens}."
-        )
+    check_counts("beam_search", min_new_tokens, max_new_tokens)
     if isinstance(length_penalty, int | float) and not math.isfinite(length_penalty):
         raise ValueError(f"beam_search: length_penalty={length_penalty} must be finite.")
-    if isinstance(prompt_length, int) and not 1 <= prompt_length <= seq:
-        raise ValueError(
-            f"beam_search: prompt_length={prompt_length} must be from 1 to the {seq} tokens of the "
-            "prompt."
-        )
-    bucket, cache_len = seq, None
-    if cache is None:
-        max_len = model.config.max_len
-        if seq + max_new_tokens > max_len:
-            raise ValueError(
-                f"beam_search: {seq} tokens of prompt and max_new_tokens={max_new_tokens} are more "
-                f"than max_len={max_len}; shorten the prompt or generate fewer."
-            )
-        bucket = min(max_len, max(_SMALLEST_BUCKET, 2 ** math.ceil(math.log2(seq))))
-        cache_len = min(max_len, bucket + max_new_tokens)
+    prompt_, cache_len = make_prompt(
+        "beam_search", model, prompt, prompt_length, room=max_new_tokens, cache=cache
+    )
     return _run(
         eqx.nn.inference_mode(model),
-        jnp.pad(prompt, (0, bucket - seq)),
-        jnp.asarray(seq if prompt_length is None else prompt_length, jnp.int32),
-        jnp.asarray(seq, jnp.int32),
+        prompt_,
         jnp.asarray(stop_tokens, jnp.int32),
         jnp.asarray(length_penalty, float),
         jnp.asarray(min_new_tokens, jnp.int32),
@@ -153,9 +130,7 @@ class _State(NamedTuple):
 @eqx.filter_jit
 def _run(
     model: AbstractDecoder,
-    prompt: Int[Array, " bucket"],
-    prompt_length: Int[Array, ""],
-    seq: Int[Array, ""],
+    prompt: Prompt,
     stop_tokens: Int[Array, " stops"],
     length_penalty: Float[Array, ""],
     min_new_tokens: Int[Array, ""],
@@ -165,15 +140,12 @@ def _run(
     max_new_tokens: int,
     cache_len: int | None,
 ) -> Hypotheses:
-    prompt_length = eqx.error_if(
-        prompt_length,
-        (prompt_length < 1) | (prompt_length > seq),
-        "beam_search: prompt_length must be from 1 to the length of the prompt.",
-    )
+    prompt = checked("beam_search", prompt)
     if cache is None:
         cache = model.init_cache(cache_len)
-    logits, cache = model.extend(prompt, cache, length=prompt_length)
-    logits = logits[prompt_length - 1]
+    cache = prefill(model, prompt, cache)
+    logits, cache = model.extend(prompt.tokens[prompt.length - 1][None], cache)
+    logits = logits[0]
     dtype, vocab = accumulation_dtype(logits.dtype), logits.shape[0]
     # So many of a beam's tokens can be among the best, stop tokens left out or not.
     width = min(vocab, num_beams + stop_tokens.shape[0])

@@ -1,36 +1,43 @@
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from .._precision import accumulation_dtype
 from .._unbatched import unbatched
+from ._processors import History, Processor, process
+from ._prompt import (
+    AbstractDecoder,
+    Prompt,
+    Stops,
+    anywhere,
+    checked,
+    make_prompt,
+    make_stops,
+    prefill,
+)
 from ._sampling import Number, sample
 
-_SMALLEST_BUCKET = 16
 
+class Generation(NamedTuple):
+    """What `generate_with_log_probs` returns.
 
-@runtime_checkable
-class AbstractDecoder(Protocol):
-    """What `generate` asks of a model."""
+    - `tokens`: the new tokens; after the last one that counts, that one again.
+    - `length`: how many of them count, a stop token included.
+    - `log_probs`: their log-probabilities in the model's own distribution, before temperature,
+        filters and processors; 0 for those that do not count.
+    - `cache`: what the model keeps of all tokens but the last. To go on, give it to the next call,
+        with a prompt that begins with that token.
+    """
 
-    @property
-    def config(self) -> Any:
-        """A configuration with `max_len`, the longest sequence."""
-        ...
-
-    def init_cache(self, max_len: int | None = None, dtype: Any = None) -> Any:
-        """An empty cache."""
-        ...
-
-    def extend(
-        self, tokens: Int[Array, " seq"], cache: Any, *, mask: Any = None, length: Any = None
-    ) -> tuple[Float[Array, "seq vocab"], Any]:
-        """The logits at the next positions, and the cache with them added."""
-        ...
+    tokens: Int[Array, " max_new_tokens"]
+    length: Int[Array, ""]
+    log_probs: Float[Array, " max_new_tokens"]
+    cache: Any
 
 
 @unbatched(prompt="seq")
@@ -39,12 +46,17 @@ def generate(
     prompt: Int[Array, " seq"],
     *,
     max_new_tokens: int,
+    min_new_tokens: int = 0,
     temperature: Number = 1.0,
     top_k: Number | None = None,
     top_p: Number | None = None,
     min_p: Number | None = None,
+    typical_p: Number | None = None,
+    processors: Sequence[Processor] = (),
     stop_tokens: Sequence[int] = (),
+    stop_sequences: Sequence[Sequence[int]] = (),
     prompt_length: int | Int[Array, ""] | None = None,
+    cache: Any = None,
     key: PRNGKeyArray | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Int[Array, " max_new_tokens"]:
@@ -53,16 +65,26 @@ def generate(
     Prompts are padded to the next power of two, so prompts of similar lengths share one
     compilation; the sampling numbers do not compile anew either. For a batch, `jax.vmap` over
     prompts (padded on the right to one length, with `prompt_length`) and keys: an example's
-    tokens do not depend on the others.
+    tokens do not depend on the others. For several samples of one prompt, `jax.vmap` over keys
+    alone: the prompt is then read once.
 
     Arguments:
 
     - `model`: a decoder, such as `Llama`. Dropout is switched off.
     - `prompt`: the tokens to continue, at least one.
-    - `max_new_tokens`: how many tokens to generate.
-    - `temperature`, `top_k`, `top_p`, `min_p`: see `sample`. Temperature 0 is greedy.
-    - `stop_tokens`: tokens after which nothing more is generated.
+    - `max_new_tokens`, `min_new_tokens`: the most and the fewest tokens to generate. Stop tokens
+        that would come too early are forbidden, stop sequences passed over.
+    - `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`: see `filter_logits`. Temperature 0 is
+        greedy.
+    - `processors`: changes of the logits before that, in order, which may depend on the tokens so
+        far: `RepetitionPenalty`, `LogitBias`, `AllowTokens`, any function `(logits, history) ->
+        logits`.
+    - `stop_tokens`, `stop_sequences`: after which nothing more is generated.
     - `prompt_length`: how many tokens of the prompt count; the rest is padding. All if not given.
+    - `cache`: what to extend, if not an empty cache: e.g. one with the projected memory of an
+        encoder, or with an earlier part of a conversation. It needs room for the prompt and
+        `max_new_tokens - 1` more. The prompt is then not padded, because the room is not known,
+        and processors do not see what is in the cache.
     - `key`: for sampling; not needed at temperature 0.
     - `on_token`: called on the host with each token as it appears, for people who watch. Not
         available under `jax.vmap`. A new function compiles anew.
@@ -75,89 +97,200 @@ def generate(
 
     - `ValueError` if the prompt is empty, or it and the new tokens are more than the model's
         `max_len`; or for numbers out of range, or a missing key.
+    - An error, at run time under `jax.jit`, if `prompt_length` is out of range, or if the model
+        raises one because a `cache` is full.
     """
-    seq, max_len = prompt.shape[0], model.config.max_len
-    if seq < 1 or max_new_tokens < 1:
-        raise ValueError(
-            f"generate: the prompt has {seq} tokens and max_new_tokens={max_new_tokens}; both "
-            "must be at least 1."
-        )
-    if seq + max_new_tokens > max_len:
-        raise ValueError(
-            f"generate: {seq} tokens of prompt and max_new_tokens={max_new_tokens} are more than "
-            f"max_len={max_len}; shorten the prompt or generate fewer."
-        )
-    _check_range("temperature", temperature, 0, math.inf)
-    _check_range("top_k", top_k, 1, math.inf)
-    _check_range("top_p", top_p, 0, 1)
-    _check_range("min_p", min_p, 0, 1)
-    if key is None:
-        if not (isinstance(temperature, int | float) and temperature == 0):
-            raise ValueError("generate: sampling needs a key; pass key=, or temperature=0.")
-        key = jax.random.key(0)
-    bucket = min(max_len, max(_SMALLEST_BUCKET, 2 ** math.ceil(math.log2(seq))))
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    return generate_with_log_probs(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        typical_p=typical_p,
+        processors=processors,
+        stop_tokens=stop_tokens,
+        stop_sequences=stop_sequences,
+        prompt_length=prompt_length,
+        cache=cache,
+        key=key,
+        on_token=on_token,
+    ).tokens
+
+
+@unbatched(prompt="seq")
+def generate_with_log_probs(
+    model: AbstractDecoder,
+    prompt: Int[Array, " seq"],
+    *,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    temperature: Number = 1.0,
+    top_k: Number | None = None,
+    top_p: Number | None = None,
+    min_p: Number | None = None,
+    typical_p: Number | None = None,
+    processors: Sequence[Processor] = (),
+    stop_tokens: Sequence[int] = (),
+    stop_sequences: Sequence[Sequence[int]] = (),
+    prompt_length: int | Int[Array, ""] | None = None,
+    cache: Any = None,
+    key: PRNGKeyArray | None = None,
+    on_token: Callable[[int], None] | None = None,
+) -> Generation:
+    """What `generate` returns, with log-probabilities, and the cache to go on with.
+
+    Arguments and errors are those of `generate`.
+    """
+    check_counts("generate", min_new_tokens, max_new_tokens)
+    prompt_, cache_len = make_prompt(
+        "generate", model, prompt, prompt_length, room=max_new_tokens, cache=cache
+    )
+    options = sampling_options(
+        "generate",
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        typical_p=typical_p,
+    )
     return _run(
         eqx.nn.inference_mode(model),
-        jnp.pad(prompt, (0, bucket - seq)),
-        jnp.asarray(seq if prompt_length is None else prompt_length, jnp.int32),
-        {k: None if x is None else jnp.asarray(x, jnp.float32) for k, x in options.items()},
-        jnp.asarray(stop_tokens, jnp.int32),
-        key,
+        prompt_,
+        cache,
+        options,
+        tuple(processors),
+        make_stops("generate", stop_tokens, stop_sequences),
+        jnp.asarray(min_new_tokens, jnp.int32),
+        sampling_key("generate", key, temperature),
         max_new_tokens,
-        min(max_len, bucket + max_new_tokens),
+        cache_len,
         on_token,
     )
+
+
+class _State(NamedTuple):
+    tokens: Array  # the prompt, then the new ones
+    log_probs: Array
+    index: Array  # of the next token
+    length: Array  # how many tokens are new; behind `index` once it is done
+    done: Array
+    cache: Any
 
 
 @eqx.filter_jit
 def _run(
     model: AbstractDecoder,
-    prompt: Int[Array, " bucket"],
-    prompt_length: Int[Array, ""],
+    prompt: Prompt,
+    cache: Any,
     options: dict[str, Any],
-    stop_tokens: Int[Array, " stops"],
+    processors: tuple[Processor, ...],
+    stops: Stops,
+    min_new_tokens: Int[Array, ""],
     key: PRNGKeyArray,
     max_new_tokens: int,
-    max_len: int,
+    cache_len: int | None,
     on_token: Callable[[int], None] | None,
-) -> Int[Array, " max_new_tokens"]:
-    def draw(logits: Array, index: Array) -> tuple[Array, Array]:
+) -> Generation:
+    prompt = checked("generate", prompt)
+    if cache is None:
+        cache = model.init_cache(cache_len)
+    cache = prefill(model, prompt, cache)
+    bucket = prompt.tokens.shape[0]
+
+    def body(state: _State) -> _State:
+        end = prompt.length + state.index
+        # The state of those that are done stays as it is.
+        count = jnp.where(state.done, 0, 1).astype(jnp.int32)
+        logits, cache = model.extend(state.tokens[end - 1][None], state.cache, length=count)
+        logits = logits[0].astype(accumulation_dtype(logits.dtype))
+        history = History(state.tokens, end, prompt.length)
+        wanted = process(processors, logits, history)
+        early = state.index + 1 < min_new_tokens
+        wanted = jnp.where(early, wanted.at[stops.tokens].set(-jnp.inf), wanted)
         # Keys by index and not by splitting: they do not depend on when others stop.
-        token = sample(logits, jax.random.fold_in(key, index), **options)
+        token = sample(wanted, jax.random.fold_in(key, state.index), **options)
         if on_token is not None:
             jax.debug.callback(_tell, on_token, token, ordered=True)
-        return token, jnp.any(token == stop_tokens)
+        log_prob = jnp.where(state.done, 0, jax.nn.log_softmax(logits)[token])
+        tokens = state.tokens.at[end].set(token)
+        stopped = ~early & stops.after(tokens, prompt.length, end + 1)
+        return _State(
+            tokens,
+            state.log_probs.at[state.index].set(log_prob),
+            state.index + 1,
+            state.length + count,
+            state.done | stopped,
+            cache,
+        )
 
-    def body(state: Any) -> Any:
-        tokens, index, _, cache = state
-        logits, cache = model.extend(tokens[index - 1][None], cache)
-        token, stopped = draw(logits[0], index)
-        return tokens.at[index].set(token), index + 1, stopped, cache
+    def unfinished(state: _State) -> Array:
+        return (state.index < max_new_tokens) & anywhere(~state.done)
 
-    def unfinished(state: Any) -> Array:
-        _, index, stopped, _ = state
-        return (index < max_new_tokens) & ~stopped
-
-    prompt_length = eqx.error_if(
-        prompt_length,
-        (prompt_length < 1) | (prompt_length > prompt.shape[0]),
-        "generate: prompt_length must be from 1 to the length of the prompt.",
+    shape = jax.eval_shape(lambda c: model.extend(prompt.tokens[:1], c)[0], cache)
+    state = _State(
+        jnp.zeros((bucket + max_new_tokens,), jnp.int32).at[:bucket].set(prompt.tokens),
+        jnp.zeros((max_new_tokens,), accumulation_dtype(shape.dtype)),
+        jnp.int32(0),
+        jnp.int32(0),
+        jnp.asarray(False),
+        cache,
     )
-    logits, cache = model.extend(prompt, model.init_cache(max_len), length=prompt_length)
-    token, stopped = draw(logits[prompt_length - 1], jnp.zeros((), jnp.int32))
-    tokens = jnp.zeros((max_new_tokens,), jnp.int32).at[0].set(token)
-    state = (tokens, jnp.ones((), jnp.int32), stopped, cache)
-    tokens, index, _, _ = jax.lax.while_loop(unfinished, body, state)
-    generated = jnp.arange(max_new_tokens, dtype=jnp.int32) < index
-    return jnp.where(generated, tokens, tokens[index - 1])
+    state = jax.lax.while_loop(unfinished, body, state)
+    # What was computed for those that were done, while others were not, does not count.
+    places = jnp.minimum(jnp.arange(max_new_tokens, dtype=jnp.int32), state.length - 1)
+    return Generation(
+        state.tokens[prompt.length + places], state.length, state.log_probs, state.cache
+    )
+
+
+def check_counts(owner: str, min_new_tokens: int, max_new_tokens: int) -> None:
+    """Checks how many tokens are to be generated."""
+    if max_new_tokens < 1:
+        raise ValueError(f"{owner}: max_new_tokens={max_new_tokens} must be at least 1.")
+    if not 0 <= min_new_tokens <= max_new_tokens:
+        raise ValueError(
+            f"{owner}: min_new_tokens={min_new_tokens} must be between 0 and "
+            f"max_new_tokens={max_new_tokens}."
+        )
+
+
+def sampling_options(
+    owner: str,
+    *,
+    temperature: Number,
+    top_k: Number | None,
+    top_p: Number | None,
+    min_p: Number | None,
+    typical_p: Number | None,
+) -> dict[str, Array | None]:
+    """The numbers as arrays, which do not compile anew, checked where they are known."""
+
+    def checked(name: str, value: Number | None, least: float, most: float) -> Array | None:
+        # Only numbers known ahead of time; an array may be traced.
+        if isinstance(value, int | float) and not least <= value <= most:
+            raise ValueError(f"{owner}: {name}={value} must be between {least:g} and {most:g}.")
+        return None if value is None else jnp.asarray(value, jnp.float32)
+
+    return {
+        "temperature": checked("temperature", temperature, 0.0, math.inf),
+        "top_k": checked("top_k", top_k, 1.0, math.inf),
+        "top_p": checked("top_p", top_p, 0.0, 1.0),
+        "min_p": checked("min_p", min_p, 0.0, 1.0),
+        "typical_p": checked("typical_p", typical_p, 0.0, 1.0),
+    }
+
+
+def sampling_key(owner: str, key: PRNGKeyArray | None, temperature: Number) -> PRNGKeyArray:
+    """The key, or any one where it is not needed."""
+    if key is not None:
+        return key
+    if not (isinstance(temperature, int | float) and temperature == 0):
+        raise ValueError(f"{owner}: sampling needs a key; pass key=, or temperature=0.")
+    return jax.random.key(0)
 
 
 def _tell(on_token: Callable[[int], None], token: Any) -> None:
     on_token(int(token))
-
-
-def _check_range(name: str, value: Any, least: float | int, most: float | int) -> None:
-    # Only numbers known ahead of time; an array may be traced.
-    if isinstance(value, int | float) and not least <= value <= most:
-        raise ValueError(f"generate: {name}={value} must be between {least} and {most}.")

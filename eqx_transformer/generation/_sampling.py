@@ -18,12 +18,20 @@ def filter_top_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vo
 
     (Nucleus sampling: Holtzman et al., 2020.)
     """
-    order = jnp.argsort(-logits, stable=True)
-    probabilities = jax.nn.softmax(logits)[order]
-    before = jnp.cumsum(probabilities) - probabilities
-    # The first one stays also where rounding, or `p = 0`, would drop it.
-    kept = (before < jnp.asarray(p).astype(before.dtype)).at[0].set(True)
-    return jnp.where(kept[_ranks(logits)], logits, -jnp.inf)
+    return _smallest_set(logits, -logits, p)
+
+
+def filter_typical_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vocab"]:
+    """Keeps the tokens whose surprise is nearest to the entropy, until they sum to at least `p`.
+
+    At least one. (Locally typical sampling: Meister et al., 2023, equation 10.)
+    """
+    log_p = jax.nn.log_softmax(logits)
+    # Tokens that an earlier filter took out have no surprise, and come last.
+    kept = jnp.isfinite(log_p)
+    surprise = -jnp.where(kept, log_p, 0)
+    entropy = jnp.sum(jnp.exp(log_p) * surprise)
+    return _smallest_set(logits, jnp.where(kept, jnp.abs(surprise - entropy), jnp.inf), p)
 
 
 def filter_min_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vocab"]:
@@ -35,19 +43,19 @@ def filter_min_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vo
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-def sample(
+def filter_logits(
     logits: Float[Array, " vocab"],
-    key: PRNGKeyArray,
     *,
     temperature: Number = 1.0,
     top_k: Number | None = None,
     top_p: Number | None = None,
     min_p: Number | None = None,
-) -> Int[Array, ""]:
-    """Draws a token.
+    typical_p: Number | None = None,
+) -> Float[Array, " vocab"]:
+    """Logits of the distribution that `sample` draws from.
 
-    Logits are divided by `temperature` and then filtered, in the order of the arguments. The
-    temperature 0 gives the most probable token.
+    They are divided by `temperature` and then filtered, in the order of the arguments. The
+    temperature 0 keeps the most probable token alone.
     """
     temperature = jnp.asarray(temperature).astype(logits.dtype)
     scaled = logits / jnp.where(temperature > 0, temperature, 1)
@@ -57,8 +65,39 @@ def sample(
         scaled = filter_top_p(scaled, top_p)
     if min_p is not None:
         scaled = filter_min_p(scaled, min_p)
-    drawn = jax.random.categorical(key, scaled)
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits)).astype(jnp.int32)
+    if typical_p is not None:
+        scaled = filter_typical_p(scaled, typical_p)
+    best = jnp.arange(logits.shape[0]) == jnp.argmax(logits)
+    greedy = jnp.where(best, jnp.zeros((), logits.dtype), -jnp.inf)
+    return jnp.where(temperature > 0, scaled, greedy)
+
+
+def sample(
+    logits: Float[Array, " vocab"],
+    key: PRNGKeyArray,
+    *,
+    temperature: Number = 1.0,
+    top_k: Number | None = None,
+    top_p: Number | None = None,
+    min_p: Number | None = None,
+    typical_p: Number | None = None,
+) -> Int[Array, ""]:
+    """Draws a token from the distribution whose logits `filter_logits` returns."""
+    options = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p}
+    filtered = filter_logits(logits, temperature=temperature, **options)
+    return jax.random.categorical(key, filtered).astype(jnp.int32)
+
+
+def _smallest_set(
+    logits: Float[Array, " vocab"], cost: Float[Array, " vocab"], p: Number
+) -> Float[Array, " vocab"]:
+    """Keeps the fewest tokens of the lowest cost with a probability of at least `p` together."""
+    order = jnp.argsort(cost, stable=True)
+    probabilities = jax.nn.softmax(logits)[order]
+    before = jnp.cumsum(probabilities) - probabilities
+    # The first one stays also where rounding, or `p = 0`, would drop it.
+    kept = (before < jnp.asarray(p).astype(before.dtype)).at[0].set(True)
+    return jnp.where(kept[_ranks(-cost)], logits, -jnp.inf)
 
 
 def _ranks(logits: Float[Array, " vocab"]) -> Int[Array, " vocab"]:

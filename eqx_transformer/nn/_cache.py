@@ -1,8 +1,9 @@
 """Keys and values of the positions a model has already seen."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int
@@ -11,17 +12,25 @@ from jaxtyping import Array, DTypeLike, Float, Int
 class KVCache(eqx.Module):
     """The keys and values of one attention layer, as a value.
 
-    Slot `i` holds position `i`; the first `length` slots are filled. Every method returns a new
-    cache and leaves the old one valid, so a search may fork it and a draft be rolled back.
+    Slot `i` holds position `i`; the first `length` slots are filled. Heads come first, which is how
+    attention reads them: in the other order they would be transposed, that is copied, for every
+    token. Every method returns a new cache and leaves the old one valid, so a search may fork it
+    and a draft be rolled back.
     """
 
-    k: Float[Array, "max_len kv_heads head_dim"]
-    v: Float[Array, "max_len kv_heads head_dim"]
+    k: Float[Array, "kv_heads max_len head_dim"]
+    v: Float[Array, "kv_heads max_len v_dim"]
     length: Int[Array, ""]
 
     @classmethod
     def init(
-        cls, max_len: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike | None = None
+        cls,
+        max_len: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: DTypeLike | None = None,
+        *,
+        v_dim: int | None = None,
     ) -> "KVCache":
         """An empty cache.
 
@@ -30,16 +39,18 @@ class KVCache(eqx.Module):
         - `max_len`: how many positions fit.
         - `num_kv_heads`, `head_dim`: of the keys and values.
         - `dtype`: what they are stored in; the default floating dtype if not given.
+        - `v_dim`: size of the values, where it is not that of the keys.
         """
         if max_len < 1:
             raise ValueError(f"KVCache: max_len={max_len} must be at least 1.")
-        empty = jnp.zeros((max_len, num_kv_heads, head_dim), dtype)
-        return cls(empty, empty, jnp.zeros((), jnp.int32))
+        v_dim = head_dim if v_dim is None else v_dim
+        k, v = (jnp.zeros((num_kv_heads, max_len, size), dtype) for size in (head_dim, v_dim))
+        return cls(k, v, jnp.zeros((), jnp.int32))
 
     @property
     def max_len(self) -> int:
         """How many positions fit."""
-        return self.k.shape[0]
+        return self.k.shape[1]
 
     def positions(self) -> Int[Array, " max_len"]:
         """The absolute position that each slot holds, -1 where it holds none."""
@@ -49,7 +60,7 @@ class KVCache(eqx.Module):
     def append(
         self,
         k: Float[Array, "seq kv_heads head_dim"],
-        v: Float[Array, "seq kv_heads head_dim"],
+        v: Float[Array, "seq kv_heads v_dim"],
         length: int | Int[Array, ""] | None = None,
     ) -> "KVCache":
         """The cache with the keys and values of the next positions.
@@ -83,17 +94,35 @@ class KVCache(eqx.Module):
         start = jnp.minimum(self.length, self.max_len - seq)
 
         def write(old: Any, new: Any) -> Any:
-            new = new.astype(old.dtype)
+            new = jnp.swapaxes(new, 0, 1).astype(old.dtype)
             if length is not None:
                 valid = jnp.arange(seq, dtype=jnp.int32) < count
-                new = jnp.where(valid[:, None, None], new, 0)
-                new = jnp.roll(new, self.length - start, axis=0)
+                new = jnp.where(valid[None, :, None], new, 0)
+                new = jnp.roll(new, self.length - start, axis=1)
                 filled = start + jnp.arange(seq, dtype=jnp.int32) < self.length
-                kept = lax.dynamic_slice_in_dim(old, start, seq)
-                new = jnp.where(filled[:, None, None], kept, new)
-            return lax.dynamic_update_slice_in_dim(old, new, start, axis=0)
+                kept = lax.dynamic_slice_in_dim(old, start, seq, axis=1)
+                new = jnp.where(filled[None, :, None], kept, new)
+            return lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
 
         return KVCache(write(self.k, k), write(self.v, v), end)
+
+    def extended(
+        self,
+        k: Float[Array, "seq kv_heads head_dim"],
+        v: Float[Array, "seq kv_heads v_dim"],
+        length: int | Int[Array, ""] | None = None,
+    ) -> tuple["KVCache", Array, Array, Int[Array, " kv_seq"]]:
+        """The cache with the next positions, and what these may look at.
+
+        Arguments and errors are those of `append`.
+
+        Returns:
+
+        The new cache; all keys and values; and their positions, -1 where there is nothing.
+        """
+        cache = self.append(k, v, length)
+        k, v = (jnp.swapaxes(x, 0, 1) for x in (cache.k, cache.v))
+        return cache, k, v, cache.positions()
 
     def truncate(self, length: int | Int[Array, ""]) -> "KVCache":
         """The cache with only its first `length` positions, to take back what was appended.
@@ -102,10 +131,38 @@ class KVCache(eqx.Module):
 
         - An error, at run time under `jax.jit`, if `length` is negative or more than there are.
         """
-        new = jnp.asarray(length, jnp.int32)
+        new = jnp.broadcast_to(jnp.asarray(length, jnp.int32), self.length.shape)
         new = eqx.error_if(
             new,
-            (new < 0) | (new > self.length),
+            jnp.any((new < 0) | (new > self.length)),
             "KVCache: truncate(length) needs a length from 0 to that of the cache.",
         )
-        return KVCache(self.k, self.v, new)
+        # Not by the constructor, which would not have the arrays of a stack of layers.
+        return eqx.tree_at(lambda cache: cache.length, self, new)
+
+
+Cache = TypeVar("Cache")
+
+
+def truncate(cache: Cache, length: int | Int[Array, ""]) -> Cache:
+    """A cache with only its first `length` positions, to take back what was appended.
+
+    Arguments:
+
+    - `cache`: of one layer, of a stack of layers or of a model: any PyTree of caches that have a
+        method `truncate`. What else is in it, such as the memory of an encoder, stays.
+    - `length`: how many positions to keep.
+
+    Raises:
+
+    - `ValueError` for a cache that cannot: a state that sums over positions does not forget.
+    - An error, at run time under `jax.jit`, if `length` is negative or more than there are.
+    """
+
+    def has_truncate(x: Any) -> bool:
+        return hasattr(x, "truncate")
+
+    def truncated(x: Any) -> Any:
+        return x.truncate(length) if has_truncate(x) else x
+
+    return jax.tree.map(truncated, cache, is_leaf=has_truncate)

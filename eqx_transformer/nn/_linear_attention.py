@@ -31,6 +31,13 @@ class LinearAttentionCache(eqx.Module):
     length: Int[Array, ""]
     max_len: int = eqx.field(static=True)
 
+    def truncate(self, length: int | Int[Array, ""]) -> "LinearAttentionCache":
+        """Refuses; see `eqx_transformer.nn.truncate`."""
+        raise ValueError(
+            "LinearAttentionCache: positions cannot be taken back, because the state is a sum over "
+            "all of them; keep the cache from before they were added."
+        )
+
 
 class LinearAttention(AbstractAttention):
     """Multi-head self-attention with a kernel in place of the softmax.

@@ -15,7 +15,7 @@ def _rows(n, start=1):
 
 
 def _filled(cache):
-    return np.asarray(cache.k[: int(cache.length), 0, 0])
+    return np.asarray(cache.k[0, : int(cache.length), 0])
 
 
 def test_append():

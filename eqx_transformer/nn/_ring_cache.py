@@ -1,0 +1,136 @@
+"""Keys and values of the positions inside of a window."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, DTypeLike, Float, Int
+
+_SPARE = 32
+
+
+class RingCache(eqx.Module):
+    """The keys and values of the last positions of one attention layer with a window, as a value.
+
+    Position `i` is in slot `i % slots`, where it takes the place of the one that was `slots`
+    earlier: memory is that of the window, however long the sequence. There are some slots more than
+    the window has positions, so that the last tokens can be taken back. Every method returns a new
+    cache and leaves the old one valid.
+
+    Arguments:
+
+    - `k`, `v`: the slots.
+    - `positions`: what each of them holds, -1 for nothing.
+    - `length`: how many positions there were.
+    - `window`: how many positions a query needs, its own included.
+    """
+
+    k: Float[Array, "kv_heads slots head_dim"]
+    v: Float[Array, "kv_heads slots head_dim"]
+    positions: Int[Array, " slots"]
+    length: Int[Array, ""]
+    window: int = eqx.field(static=True)
+
+    @classmethod
+    def init(
+        cls, window: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike | None = None
+    ) -> "RingCache":
+        """An empty cache.
+
+        Arguments:
+
+        - `window`: how many positions a query needs, its own included.
+        - `num_kv_heads`, `head_dim`: of the keys and values.
+        - `dtype`: what they are stored in; the default floating dtype if not given.
+        """
+        slots = window + _SPARE
+        empty = jnp.zeros((num_kv_heads, slots, head_dim), dtype)
+        nothing = jnp.full((slots,), -1, jnp.int32)
+        return cls(empty, jnp.array(empty), nothing, jnp.zeros((), jnp.int32), window)
+
+    @staticmethod
+    def saves_memory(window: int, max_len: int) -> bool:
+        """Whether a window is so small that this is smaller than a cache of all positions."""
+        return window + _SPARE < max_len
+
+    def extended(
+        self,
+        k: Float[Array, "seq kv_heads head_dim"],
+        v: Float[Array, "seq kv_heads head_dim"],
+        length: int | Int[Array, ""] | None = None,
+    ) -> tuple["RingCache", Array, Array, Int[Array, " kv_seq"]]:
+        """The cache with the next positions, and what these may look at.
+
+        Arguments:
+
+        - `k`, `v`: the keys and values of the next positions.
+        - `length`: how many of them count; the rest is padding. All if not given.
+
+        Returns:
+
+        The new cache; the keys and values that the new positions need; and their positions, -1
+        where there is nothing.
+        """
+        seq, slots = k.shape[0], self.k.shape[1]
+        count = jnp.asarray(seq if length is None else length, jnp.int32)
+        count = eqx.error_if(
+            count,
+            (count > seq) | (count < 0),
+            f"RingCache: the length must be from 0 to {seq}.",
+        )
+        rows = jnp.arange(seq, dtype=jnp.int32)
+        valid = rows < count
+        new = jnp.where(valid, self.length + rows, -1)
+        k, v = (jnp.where(valid[:, None, None], x, 0).astype(self.k.dtype) for x in (k, v))
+        # Of positions that would fall into one slot, the last.
+        kept = valid & (rows >= count - slots)
+        places = jnp.where(kept, new % slots, slots)
+
+        def write(old: Any, rows: Any) -> Any:
+            # Slots are the last but one axis of keys and values, and the only one of positions.
+            axis = max(old.ndim - 2, 0)
+            if seq > 1:
+                at = (slice(None),) * axis + (places,)
+                return old.at[at].set(rows, mode="drop", unique_indices=True)
+            # One row is written where it is, or what is there is.
+            start = self.length % slots
+            row = jnp.where(valid[0], rows, lax.dynamic_slice_in_dim(old, start, 1, axis))
+            return lax.dynamic_update_slice_in_dim(old, row, start, axis)
+
+        k, v = (jnp.swapaxes(x, 0, 1) for x in (k, v))
+        cache = RingCache(
+            write(self.k, k),
+            write(self.v, v),
+            write(self.positions, new),
+            self.length + count,
+            self.window,
+        )
+        if seq == 1:
+            k, v, positions = cache.k, cache.v, cache.positions
+        else:
+            # The first of several needs positions whose slots the last of them take.
+            k, v = (jnp.concatenate(x, axis=1) for x in ((self.k, k), (self.v, v)))
+            positions = jnp.concatenate([self.positions, new])
+        return cache, jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1), positions
+
+    def truncate(self, length: int | Int[Array, ""]) -> "RingCache":
+        """The cache with only its first `length` positions, to take back what was appended.
+
+        Raises:
+
+        - An error, at run time under `jax.jit`, if `length` is negative or more than there are, or
+            if so many are taken back that positions inside of the window are lost.
+        """
+        new = jnp.broadcast_to(jnp.asarray(length, jnp.int32), self.length.shape)
+        slots = self.positions.shape[-1]
+        lost = (self.length > slots) & (self.length - new > slots - self.window + 1)
+        new = eqx.error_if(
+            new,
+            jnp.any((new < 0) | (new > self.length) | lost),
+            f"RingCache: truncate(length) needs a length from 0 to that of the cache, and at most "
+            f"{slots - self.window + 1} positions can be taken back.",
+        )
+        positions = jnp.where(self.positions < new[..., None], self.positions, -1)
+        # Not by the constructor, which would not have the arrays of a stack of layers.
+        return eqx.tree_at(lambda cache: (cache.length, cache.positions), self, (new, positions))
