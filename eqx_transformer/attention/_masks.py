@@ -507,6 +507,22 @@ class Predicate(AbstractMask):
         return "Predicate(function)"
 
 
+def lookback(mask: AbstractMask | None) -> int | None:
+    """How many positions before its own a query can see at most; `None` if there is no such number.
+
+    Caches need not keep more.
+    """
+    if isinstance(mask, SlidingWindow):
+        return mask.left
+    if isinstance(mask, And | Or):
+        sides = [lookback(mask.left), lookback(mask.right)]
+        known = [side for side in sides if side is not None]
+        if isinstance(mask, And):
+            return min(known, default=None)
+        return max(known) if len(known) == len(sides) else None
+    return None
+
+
 def _unknown(*bounds: Int[Array, "..."]) -> Int[Array, "..."]:
     return jnp.full(jnp.broadcast_shapes(*(jnp.shape(x) for x in bounds)), PARTIAL)
 

@@ -69,10 +69,11 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
 
 
 class ALiBi(eqx.Module):
-    """Attention with linear biases: `score - slope[head] * |q_pos - kv_pos|`.
+    """Attention with linear biases: `score - scale * slope[head] * |q_pos - kv_pos|`.
 
     The slopes are numbers, not parameters. The distance is absolute, which for a causal mask is
-    the paper's definition and for an encoder its symmetric form. (Press et al., 2022.)
+    the paper's definition and for an encoder its symmetric form. The scale is 1 in the paper and
+    `1 / sqrt(head_dim)` in Falcon. (Press et al., 2022.)
 
     Raises:
 
@@ -80,6 +81,7 @@ class ALiBi(eqx.Module):
     """
 
     num_heads: int = eqx.field(static=True)
+    scale: float | int = eqx.field(static=True, default=1)
 
     def __check_init__(self) -> None:
         if self.num_heads < 1:
@@ -93,7 +95,7 @@ class ALiBi(eqx.Module):
         head: Int[Array, "..."],
     ) -> Float[Array, "..."]:
         """Subtracts the head's slope times the distance."""
-        slopes = jnp.asarray(np.asarray(alibi_slopes(self.num_heads)), score.dtype)
+        slopes = jnp.asarray(self.scale * np.asarray(alibi_slopes(self.num_heads)), score.dtype)
         return score - slopes[head] * jnp.abs(q_pos - kv_pos).astype(score.dtype)
 
 

@@ -12,7 +12,8 @@ Config = TypeVar("Config", bound="AbstractConfig")
 
 
 class AbstractConfig(abc.ABC):
-    """Base of the configurations: frozen, keyword-only dataclasses of plain numbers and strings.
+    """Base of the configurations: frozen, keyword-only dataclasses of plain numbers and strings,
+    of tuples of these, and of other such dataclasses.
 
     Subclasses are decorated with `@dataclass(frozen=True, kw_only=True)`. Names and types of the
     fields are checked here, their values in `check`. Configurations that are equal build equal
@@ -30,10 +31,9 @@ class AbstractConfig(abc.ABC):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            value = getattr(self, field.name)
-            if type(value) is int and float in _alternatives(field.type):
-                object.__setattr__(self, field.name, float(value))
-            elif not _fits(value, field.type):
+            value = _converted(getattr(self, field.name), field.type)
+            object.__setattr__(self, field.name, value)
+            if not _fits(value, field.type):
                 raise ValueError(
                     f"{type(self).__name__}: {field.name}={value!r} (of type "
                     f"{type(value).__name__}) must be {_describe(field.type)}."
@@ -51,11 +51,11 @@ class AbstractConfig(abc.ABC):
 
     def replace(self: Config, **changes: Any) -> Config:
         """A copy with some fields changed, checked like a new one."""
-        return type(self)(**{**self.to_dict(), **changes})
+        return type(self)(**{**_fields(self), **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
+        """The fields by name, down to numbers, strings, tuples and dictionaries."""
+        return {name: _plain(value) for name, value in _fields(self).items()}
 
     @classmethod
     def from_dict(cls: type[Config], fields: Mapping[str, Any]) -> Config:
@@ -65,11 +65,7 @@ class AbstractConfig(abc.ABC):
 
         - `ValueError` for a name that is no field, or that lacks one without a default.
         """
-        _check_names(cls, fields)
-        for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
-            if field.default is dataclasses.MISSING and field.name not in fields:
-                raise ValueError(f"{cls.__name__}: {field.name!r} is missing and has no default.")
-        return cls(**fields)
+        return _build(cls, fields)
 
     def to_json(self) -> str:
         """The fields as a JSON object."""
@@ -98,6 +94,47 @@ def _check_names(cls: type, names: Iterable[str]) -> None:
             raise ValueError(f"{cls.__name__} has no field {name!r}; {hint}")
 
 
+def _fields(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        fields = {name: _plain(x) for name, x in _fields(value).items()}
+        return {"kind": type(value).__name__, **fields}
+    return value
+
+
+def _build(cls: Any, fields: Mapping[str, Any]) -> Any:
+    _check_names(cls, fields)
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in fields:
+            raise ValueError(f"{cls.__name__}: {field.name!r} is missing and has no default.")
+    kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+    return cls(**{name: _converted(value, kinds[name]) for name, value in fields.items()})
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    """`value`, or what JSON made of it, as an instance of `kind` if there is a way."""
+    options = _alternatives(kind)
+    if type(value) is int and float in options and int not in options:
+        return float(value)
+    if isinstance(value, Mapping):
+        classes: dict[str, Any] = {
+            x.__name__: x for x in options if isinstance(x, type) and dataclasses.is_dataclass(x)
+        }
+        name = value.get("kind", next(iter(classes)) if len(classes) == 1 else None)
+        if classes and name not in classes:
+            raise ValueError(f"kind={name!r} must be one of {list(classes)}.")
+        if classes:
+            return _build(classes[name], {k: x for k, x in value.items() if k != "kind"})
+    if isinstance(value, list | tuple):
+        for option in options:
+            if get_origin(option) is tuple:
+                return tuple(_converted(x, get_args(option)[0]) for x in value)
+    return value
+
+
 def _alternatives(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
@@ -107,6 +144,11 @@ def _fits(value: Any, kind: Any) -> bool:
         if get_origin(option) is Literal:
             if any(type(value) is type(x) and value == x for x in get_args(option)):
                 return True
+        elif get_origin(option) is tuple:
+            kinds = get_args(option)
+            if isinstance(value, tuple) and (kinds[-1] is ... or len(value) == len(kinds)):
+                if all(_fits(x, kinds[0]) for x in value):
+                    return True
         elif isinstance(value, option) and (option is bool or not isinstance(value, bool)):
             return True
     return False
@@ -117,6 +159,10 @@ def _describe(kind: Any) -> str:
     for option in _alternatives(kind):
         if get_origin(option) is Literal:
             words += [repr(value) for value in get_args(option)]
+        elif get_origin(option) is tuple:
+            kinds = get_args(option)
+            count = "" if kinds[-1] is ... else f"{len(kinds)} "
+            words.append(f"a tuple of {count}{_describe(kinds[0])}")
         else:
             words.append("None" if option is types.NoneType else option.__name__)
     return " or ".join(words)

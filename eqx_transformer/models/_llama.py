@@ -1,6 +1,6 @@
-import dataclasses
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,125 +9,72 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._precision import accumulation_dtype
 from .._unbatched import unbatched
-from ..attention import (
-    AbstractMask,
-    Causal,
-    Implementation,
-    SlidingWindow,
-    dot_product_attention,
+from ..attention import AbstractMask, ALiBi, Causal, Compose, Segments, SlidingWindow, SoftCap
+from ..nn import (
+    MLP,
+    AbstractAttention,
+    Attention,
+    Embedding,
+    GatedMLP,
+    LatentAttention,
+    LayerNorm,
+    LearnedPositions,
+    Linear,
+    MixtureOfExperts,
+    RMSNorm,
+    RoPE,
+    truncate,
 )
-from ..nn import Attention, Embedding, GatedMLP, KVCache, Linear, RMSNorm, RoPE
-from ..stacks import Residual, Stack, TransformerBlock
-from ._config import AbstractConfig
+from ..stacks import (
+    AbstractBlock,
+    ParallelBlock,
+    Residual,
+    Stack,
+    StackSequence,
+    TransformerBlock,
+    stack_of_kinds,
+)
+from ._llama_config import LayerKind, LlamaConfig
+from ._vocabulary import ACTIVATIONS, GATED, REMAT, attention_fn_of
 
-_REMAT = {
-    "none": None,
-    "full": True,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
+class LlamaCache(eqx.Module):
+    """What a `Llama` keeps of the tokens it has seen.
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaConfig(AbstractConfig):
-    """The numbers that make a `Llama`.
-
-    Arguments:
-
-    - `vocab_size`: how many token ids there are.
-    - `d_model`: size of the vectors between layers.
-    - `num_layers`: how many blocks.
-    - `num_heads`: how many query heads.
-    - `num_kv_heads`: how many key and value heads; `None` for `num_heads`.
-    - `head_dim`: size of a head, even; `None` for `d_model / num_heads`.
-    - `d_ff`: size inside the MLPs; `None` for `8 / 3 * d_model` rounded up to a multiple of 64.
-    - `max_len`: the longest sequence.
-    - `rope_theta`: base of the wavelengths of the rotary positions.
-    - `norm_eps`: added to the mean square in every norm.
-    - `window`: how many positions a query sees, its own included; `None` for all earlier ones.
-    - `qk_norm`: whether queries and keys are normalised, each head by an `RMSNorm`.
-    - `use_bias`: whether the projections of attention and MLP have biases.
-    - `tie_embeddings`: whether the output head is the embedding.
-    - `dropout_rate`: the probability with which an attention weight, and an output of a residual
-        branch, is dropped.
-    - `logit_soft_cap`: the bound `c` in `c * tanh(logits / c)`; `None` for no bound.
-    - `remat`: what reverse mode keeps of each block. `"none"`: all it needs. `"full"`: only the
-        input. `"dots"`: the input and the results of matrix products with weights, which takes
-        half of the memory at little or no cost in time.
-    - `unroll`: how many blocks make one iteration of the loop over depth.
-    - `attention_implementation`: see `dot_product_attention`; `None` chooses.
+    Like all caches it is a value: `extend` returns a new one and leaves the old one valid.
     """
 
-    vocab_size: int
-    d_model: int = 512
-    num_layers: int = 6
-    num_heads: int = 8
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    d_ff: int | None = None
-    max_len: int = 2048
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
-    window: int | None = None
-    qk_norm: bool = False
-    use_bias: bool = False
-    tie_embeddings: bool = False
-    dropout_rate: float = 0.0
-    logit_soft_cap: float | None = None
-    remat: Literal["none", "full", "dots"] = "none"
-    unroll: int = 1
-    attention_implementation: Implementation | None = None
+    layers: Any
+    """What the layers keep, as their stack has it."""
+    documents: Int[Array, " max_len"] | None
+    """The number of the document at every position, where a token begins documents."""
+    length: Int[Array, ""]
+    """How many tokens there were."""
 
-    def check(self) -> None:
-        """Checks the values of the fields; see `AbstractConfig`."""
-        for name in (
-            *("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
-            *("d_ff", "max_len", "window", "unroll"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"LlamaConfig: {name}={value} must be at least 1.")
-        for name in ("rope_theta", "norm_eps", "logit_soft_cap"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"LlamaConfig: {name}={value} must be positive and finite.")
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(
-                f"LlamaConfig: dropout_rate={self.dropout_rate} must be at least 0 and below 1."
-            )
-        if self.head_dim is None and self.d_model % self.num_heads:
-            raise ValueError(
-                f"LlamaConfig: d_model={self.d_model} is not a multiple of "
-                f"num_heads={self.num_heads}; change one, or give head_dim."
-            )
-        head_dim = self.d_model // self.num_heads if self.head_dim is None else self.head_dim
-        if head_dim % 2:
-            origin = f" = d_model / num_heads = {self.d_model} / {self.num_heads}"
-            raise ValueError(
-                f"LlamaConfig: head_dim={head_dim}{origin if self.head_dim is None else ''} must "
-                "be even, because rotary positions turn pairs of features; give an even head_dim."
-            )
-        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"LlamaConfig: num_heads={self.num_heads} is not a multiple of "
-                f"num_kv_heads={self.num_kv_heads}; every key head must serve as many query heads."
-            )
-        if self.unroll > self.num_layers:
-            raise ValueError(
-                f"LlamaConfig: unroll={self.unroll} is more than num_layers={self.num_layers}."
-            )
+    def truncate(self, length: int | Int[Array, ""]) -> "LlamaCache":
+        """The cache of the first `length` tokens; see `eqx_transformer.nn.truncate`."""
+        layers = truncate(self.layers, length)
+        return LlamaCache(layers, self.documents, jnp.asarray(length, jnp.int32))
 
 
 class Llama(eqx.Module):
-    """The Llama family of decoder-only language models, for one sequence of tokens.
+    """Decoder-only language models, for one sequence of tokens.
 
-    Pre-norm blocks with RMSNorm, rotary positions, grouped queries and SwiGLU. Mistral is this with
-    a `window`, Qwen 3 with `qk_norm`. (Touvron et al., 2023.)
+    As it comes, the blocks are those of Llama: pre-norm, with RMSNorm, rotary positions, grouped
+    queries and SwiGLU (Touvron et al., 2023). Mistral is this with a `window`, Qwen 3 with
+    `qk_norm`; how GPT-2, Gemma, DeepSeek and others differ, their `presets` say in a few fields
+    each.
+
+    Layers that are all alike are one `Stack`; of several kinds, a `StackSequence`.
     """
 
     config: LlamaConfig = eqx.field(static=True)
     embedding: Embedding
-    stack: Stack
-    norm: RMSNorm
+    positions: LearnedPositions | None
+    embedding_norm: RMSNorm | LayerNorm | None
+    embedding_dropout: eqx.nn.Dropout
+    stack: Stack | StackSequence
+    norm: RMSNorm | LayerNorm
     head: Linear | None
 
     def __init__(self, config: LlamaConfig, *, key: PRNGKeyArray):
@@ -140,20 +87,30 @@ class Llama(eqx.Module):
         are smaller by `1 / sqrt(2 * num_layers)`, so that its variance does not grow with depth.
         """
         embedding_key, stack_key, head_key = jax.random.split(key, 3)
-        d_model = config.d_model
+        d_model, dtype = config.d_model, config.param_dtype
         self.config = config
-        self.embedding = Embedding(config.vocab_size, d_model, key=embedding_key)
-        self.stack = Stack(
+        self.embedding = Embedding(config.vocab_size, d_model, dtype=dtype, key=embedding_key)
+        self.positions = None
+        if config.positions == "learned":
+            positions_key = jax.random.fold_in(embedding_key, 0)
+            self.positions = LearnedPositions(
+                config.max_len, d_model, dtype=dtype, key=positions_key
+            )
+        self.embedding_norm = _make_norm(config, d_model) if config.embedding_norm else None
+        self.embedding_dropout = eqx.nn.Dropout(config.embedding_dropout_rate)
+        self.stack = stack_of_kinds(
             eqx.Partial(_make_block, config),
-            config.num_layers,
-            remat=_REMAT[config.remat],
+            config.layer_kinds,
+            remat=REMAT[config.remat],
             unroll=config.unroll,
             key=stack_key,
         )
-        self.norm = RMSNorm(d_model, eps=config.norm_eps)
+        self.norm = _make_norm(config, d_model)
         self.head = None
         if not config.tie_embeddings:
-            self.head = Linear(d_model, config.vocab_size, key=head_key)
+            self.head = Linear(
+                d_model, config.vocab_size, use_bias=config.head_bias, dtype=dtype, key=head_key
+            )
 
     @jax.named_scope("eqx_transformer.models.Llama")
     @unbatched(tokens="seq")
@@ -180,36 +137,60 @@ class Llama(eqx.Module):
 
         - `ValueError` if there are more than `max_len` tokens.
         """
-        self._check_length("seq", tokens.shape[0])
-        x = self.embedding(tokens)
-        return self._logits(self.stack(x, mask=mask, positions=positions, key=key))
+        x, options = self._begin(tokens, mask, positions, key)
+        return self._logits(self.stack(x, **options))
 
-    def init_cache(self, max_len: int | None = None, dtype: DTypeLike | None = None) -> KVCache:
-        """An empty cache, with a leading axis for the layers.
+    @jax.named_scope("eqx_transformer.models.Llama.apply_with_stats")
+    @unbatched(tokens="seq")
+    def apply_with_stats(
+        self,
+        tokens: Int[Array, " seq"],
+        *,
+        mask: AbstractMask | None = None,
+        positions: Int[Array, " seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "seq vocab"], Any]:
+        """What `__call__` returns, and the `RouterStats` of the layers that have experts."""
+        x, options = self._begin(tokens, mask, positions, key)
+        x, stats = self.stack.apply_with_stats(x, **options)
+        return self._logits(x), stats
+
+    def init_cache(self, max_len: int | None = None, dtype: DTypeLike | None = None) -> LlamaCache:
+        """An empty cache.
 
         Arguments:
 
         - `max_len`: how many tokens fit; that of the configuration if not given.
-        - `dtype`: what keys and values are stored in; that of the weights if not given.
+        - `dtype`: what keys and values are stored in; what the model computes in if not given.
 
         Raises:
 
-        - `ValueError` if `max_len` is more than that of the configuration.
+        - `ValueError` if `max_len` is more than that of the configuration, or the model is not
+            causal.
         """
+        if not self.config.causal:
+            raise ValueError(
+                "Llama: with causal=False earlier positions depend on later ones, so there is "
+                "nothing to keep of them; call the model on the whole sequence."
+            )
         max_len = self.config.max_len if max_len is None else max_len
         self._check_length("the cache's max_len", max_len)
-        return self.stack.init_cache(max_len, dtype)
+        layers = self.stack.init_cache(max_len, self.config.dtype if dtype is None else dtype)
+        documents = None
+        if self.config.document_start_id is not None:
+            documents = jnp.zeros(max_len, jnp.int32)
+        return LlamaCache(layers, documents, jnp.zeros((), jnp.int32))
 
     @jax.named_scope("eqx_transformer.models.Llama.extend")
     @unbatched(tokens="seq")
     def extend(
         self,
         tokens: Int[Array, " seq"],
-        cache: KVCache,
+        cache: LlamaCache,
         *,
         mask: AbstractMask | None = None,
         length: int | Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "seq vocab"], KVCache]:
+    ) -> tuple[Float[Array, "seq vocab"], LlamaCache]:
         """The logits at the next positions of a sequence: prefill, a part of one, or decoding.
 
         Arguments:
@@ -228,11 +209,63 @@ class Llama(eqx.Module):
 
         - An error if they do not fit; see `KVCache.append`.
         """
-        x, cache = self.stack.extend(self.embedding(tokens), cache, mask=mask, length=length)
-        return self._logits(x), cache
+        seq = tokens.shape[0]
+        at = cache.length + jnp.arange(seq, dtype=jnp.int32)
+        documents = cache.documents
+        if documents is not None:
+            before = jnp.where(cache.length > 0, documents[cache.length - 1], 0)
+            # Past the end of the cache nothing is written; that it is too short the layers say.
+            documents = documents.at[at].set(before + self._documents(tokens), mode="drop")
+            mask = _both(Segments(documents), mask)
+        x, layers = self.stack.extend(
+            self._embed(tokens, at, None), cache.layers, mask=mask, length=length
+        )
+        count = jnp.asarray(seq if length is None else length, jnp.int32)
+        return self._logits(x), LlamaCache(layers, documents, cache.length + count)
+
+    def _begin(
+        self,
+        tokens: Array,
+        mask: AbstractMask | None,
+        positions: Array | None,
+        key: PRNGKeyArray | None,
+    ) -> tuple[Array, dict[str, Any]]:
+        """What enters the first block, and what every block is given besides."""
+        self._check_length("seq", tokens.shape[0])
+        if self.config.embedding_dropout_rate > 0 and key is not None:
+            embedding_key, key = jax.random.split(key)
+        else:
+            embedding_key = None
+        if self.config.document_start_id is not None:
+            ids = self._documents(tokens)
+            # Masks look at positions, which are not indices where they are given.
+            if positions is not None:
+                ids = jnp.full(self.config.max_len, -1, jnp.int32).at[positions].set(ids)
+            mask = _both(Segments(ids), mask)
+        at = jnp.arange(tokens.shape[0], dtype=jnp.int32) if positions is None else positions
+        options = {"mask": mask, "positions": positions, "key": key}
+        return self._embed(tokens, at, embedding_key), options
+
+    def _embed(self, tokens: Array, positions: Array, key: PRNGKeyArray | None) -> Array:
+        x = self.embedding(tokens)
+        if self.config.dtype is not None:
+            x = x.astype(self.config.dtype)
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
+        if self.positions is not None:
+            x = x + self.positions(positions, x.dtype)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        return self.embedding_dropout(x, key=key)
+
+    def _documents(self, tokens: Int[Array, " seq"]) -> Int[Array, " seq"]:
+        """How many documents have begun, at every token."""
+        return jnp.cumsum(tokens == self.config.document_start_id, dtype=jnp.int32)
 
     def _logits(self, x: Float[Array, "seq d_model"]) -> Float[Array, "seq vocab"]:
         x = self.norm(x)
+        if self.config.logits_dtype is not None:
+            x = x.astype(self.config.logits_dtype)
         logits = self.embedding.attend(x) if self.head is None else self.head(x)
         cap = self.config.logit_soft_cap
         if cap is None:
@@ -248,38 +281,164 @@ class Llama(eqx.Module):
             )
 
 
-def _make_block(config: LlamaConfig, *, key: PRNGKeyArray) -> TransformerBlock:
+def _both(mask: AbstractMask, other: AbstractMask | None) -> AbstractMask:
+    return mask if other is None else mask & other
+
+
+def _make_norm(config: LlamaConfig, size: int) -> RMSNorm | LayerNorm:
+    eps, dtype = config.norm_eps, config.param_dtype
+    if config.norm == "rms":
+        return RMSNorm(size, eps=eps, offset=config.norm_offset, dtype=dtype)
+    return LayerNorm(size, eps=eps, use_bias=config.norm_bias, dtype=dtype)
+
+
+def _make_block(config: LlamaConfig, kind: LayerKind, *, key: PRNGKeyArray) -> AbstractBlock:
     attention_key, mlp_key = jax.random.split(key)
-    mask: AbstractMask = Causal()
-    if config.window is not None:
-        mask = mask & SlidingWindow(left=config.window - 1, right=0)
-    attention_fn = dot_product_attention
-    if config.attention_implementation is not None:
-        attention_fn = eqx.Partial(
-            dot_product_attention, implementation=config.attention_implementation
+    attention = _make_attention(config, kind, key=attention_key)
+    mlp = _make_experts(config, key=mlp_key) if kind.experts else _make_mlp(config, key=mlp_key)
+    scale = 1 / math.sqrt(2 * config.num_layers)
+    attention, mlp = eqx.tree_at(
+        _to_the_residual_stream, (attention, mlp), replace_fn=lambda weight: scale * weight
+    )
+    d_model, dropout_rate = config.d_model, config.dropout_rate
+
+    def norm(wanted: bool) -> RMSNorm | LayerNorm | None:
+        return _make_norm(config, d_model) if wanted else None
+
+    if config.parallel_residual != "none":
+        shared = config.parallel_residual == "one_norm"
+        residual = Residual(norm(shared), dropout_rate=dropout_rate)
+        return ParallelBlock(
+            attention,
+            mlp,
+            residual,
+            attention_norm=norm(not shared),
+            mlp_norm=norm(not shared),
         )
-    attention = Attention(
+
+    def residual_of(post_norm: bool) -> Residual:
+        return Residual(
+            norm(config.pre_norm), branch_norm=norm(post_norm), dropout_rate=dropout_rate
+        )
+
+    return TransformerBlock(
+        attention,
+        mlp,
+        residual_of(config.post_attention_norm),
+        residual_of(config.post_mlp_norm),
+    )
+
+
+def _to_the_residual_stream(layers: tuple[Any, Any]) -> list[Any]:
+    attention, mlp = layers
+    if not isinstance(mlp, MixtureOfExperts):
+        return [attention.o_proj.weight, mlp.down_proj.weight]
+    experts: Any = mlp.experts
+    weights = [attention.o_proj.weight, experts.down_proj.weight]
+    shared: Any = mlp.shared_experts
+    return weights if shared is None else [*weights, shared.down_proj.weight]
+
+
+def _make_attention(
+    config: LlamaConfig, kind: LayerKind, *, key: PRNGKeyArray
+) -> AbstractAttention:
+    mask: AbstractMask | None = Causal() if config.causal else None
+    if kind.sliding:
+        assert config.window is not None
+        side = config.window - 1
+        mask = _both(SlidingWindow(side, 0 if config.causal else side), mask)
+    rope = None
+    if config.positions == "rope":
+        local = config.rope_local_theta if kind.sliding else None
+        rope = RoPE(
+            theta=config.rope_theta if local is None else local,
+            rotary_dim=None if config.mla is not None else config.rotary_dim,
+            interleaved=config.rope_interleaved,
+            scaling=config.rope_scaling if local is None else None,
+        )
+    score_mod = None
+    if config.positions == "alibi":
+        score_mod = ALiBi(config.num_heads, config.alibi_scale)
+    if config.attention_soft_cap is not None:
+        cap = SoftCap(config.attention_soft_cap)
+        score_mod = cap if score_mod is None else Compose((cap, score_mod))
+    bias = config.use_bias
+    qkv_bias = bias if config.qkv_bias is None else config.qkv_bias
+    o_bias = bias if config.o_bias is None else config.o_bias
+    options: dict[str, Any] = {
+        "rope": rope,
+        "mask": mask,
+        "score_mod": score_mod,
+        "scale": config.query_scale,
+        "qkv_bias": qkv_bias,
+        "use_bias": o_bias,
+        "dropout_rate": config.dropout_rate,
+        "attention_fn": attention_fn_of(config.attention_implementation),
+        "dtype": config.param_dtype,
+        "key": key,
+    }
+    if config.mla is not None:
+        mla = config.mla
+        return LatentAttention(
+            config.d_model,
+            config.num_heads,
+            kv_rank=mla.kv_rank,
+            nope_head_dim=mla.nope_head_dim,
+            rope_head_dim=mla.rope_head_dim,
+            v_head_dim=mla.v_head_dim,
+            q_rank=mla.q_rank,
+            norm_eps=mla.norm_eps,
+            **options,
+        )
+    return Attention(
         config.d_model,
         config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        rope=RoPE(theta=config.rope_theta),
-        qk_norm=config.qk_norm,
-        norm_eps=config.norm_eps,
-        mask=mask,
-        use_bias=config.use_bias,
-        dropout_rate=config.dropout_rate,
-        attention_fn=attention_fn,
-        key=attention_key,
+        qk_norm=eqx.Partial(_make_norm, config) if config.qk_norm else False,
+        qk_norm_over=config.qk_norm_over,
+        clip=config.clip_qkv,
+        sinks=config.sinks,
+        **options,
     )
-    d_ff = 64 * math.ceil(8 * config.d_model / 3 / 64) if config.d_ff is None else config.d_ff
-    mlp = GatedMLP(config.d_model, d_ff, use_bias=config.use_bias, key=mlp_key)
-    norms = (RMSNorm(config.d_model, eps=config.norm_eps) for _ in range(2))
-    residuals = (Residual(norm, dropout_rate=config.dropout_rate) for norm in norms)
-    block = TransformerBlock(attention, mlp, *residuals)
-    scale = 1 / math.sqrt(2 * config.num_layers)
-    return eqx.tree_at(
-        lambda b: (b.attention.o_proj.weight, b.mlp.down_proj.weight),
-        block,
-        replace_fn=lambda weight: scale * weight,
+
+
+def _make_mlp(config: LlamaConfig, d_ff: int | None = None, *, key: PRNGKeyArray) -> MLP | GatedMLP:
+    options: dict[str, Any] = {
+        "activation": ACTIVATIONS[config.activation],
+        "use_bias": config.use_bias if config.mlp_bias is None else config.mlp_bias,
+        "dtype": config.param_dtype,
+        "key": key,
+    }
+    sizes = (config.d_model, config.mlp_dim if d_ff is None else d_ff)
+    if config.activation not in GATED:
+        return MLP(*sizes, **options)
+    return GatedMLP(*sizes, clip=config.mlp_clip, up_offset=config.mlp_up_offset, **options)
+
+
+def _make_experts(config: LlamaConfig, *, key: PRNGKeyArray) -> MixtureOfExperts:
+    moe = config.moe
+    assert moe is not None
+    d_expert = config.mlp_dim if moe.d_expert is None else moe.d_expert
+    shared: Callable[..., Array] | None = None
+    if moe.num_shared_experts:
+        shared_key = jax.random.fold_in(key, 0)
+        shared = _make_mlp(config, moe.num_shared_experts * d_expert, key=shared_key)
+    return MixtureOfExperts(
+        config.d_model,
+        moe.num_experts,
+        eqx.Partial(_make_mlp, config, d_expert),
+        top_k=moe.experts_per_token,
+        scores=moe.scores,
+        renormalize=moe.renormalize,
+        route_scale=moe.route_scale,
+        selection_bias=moe.selection_bias,
+        num_groups=moe.num_groups,
+        top_groups=moe.top_groups,
+        group_score=moe.group_score,
+        router_bias=moe.router_bias,
+        shared_experts=shared,
+        shared_gate=moe.shared_gate,
+        dtype=config.param_dtype,
+        key=key,
     )

@@ -2,6 +2,7 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._unbatched import unbatched
@@ -55,13 +56,17 @@ class MLP(eqx.Module):
 class GatedMLP(eqx.Module):
     """An MLP with a multiplicative gate: `down(activation(gate(x)) * up(x))`.
 
-    With the default activation this is SwiGLU. (Shazeer, 2020, equation 6.)
+    With the default activation this is SwiGLU. (Shazeer, 2020, equation 6.) With the options it is
+    `down(activation(min(gate(x), clip)) * (up_offset + clip(up(x), -clip, clip)))`, which is that
+    of GPT-OSS (2025).
     """
 
     gate_proj: Linear
     up_proj: Linear
     down_proj: Linear
     activation: Callable[[Array], Array]
+    clip: float | int | None = eqx.field(static=True)
+    up_offset: float | int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -69,6 +74,8 @@ class GatedMLP(eqx.Module):
         d_ff: int,
         *,
         activation: Callable[[Array], Array] = jax.nn.silu,
+        clip: float | int | None = None,
+        up_offset: float | int = 0,
         use_bias: bool = False,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
@@ -78,15 +85,22 @@ class GatedMLP(eqx.Module):
         - `d_model`: size of the input and the output.
         - `d_ff`: size of the gate and of what it multiplies.
         - `activation`: applied to the gate; see `MLP`.
+        - `clip`: the most the gate may be before the activation, and the most that what it
+            multiplies may be in size. No limit if not given.
+        - `up_offset`: added to what the gate multiplies.
         - `use_bias`: whether the three maps have biases.
         - `dtype`: of the parameters; the default floating dtype if not given.
         - `key`: for the initial weights.
         """
+        if clip is not None and not clip > 0:
+            raise ValueError(f"GatedMLP: clip={clip} must be positive; None is no limit.")
         gate_key, up_key, down_key = jax.random.split(key, 3)
         self.gate_proj = Linear(d_model, d_ff, use_bias=use_bias, dtype=dtype, key=gate_key)
         self.up_proj = Linear(d_model, d_ff, use_bias=use_bias, dtype=dtype, key=up_key)
         self.down_proj = Linear(d_ff, d_model, use_bias=use_bias, dtype=dtype, key=down_key)
         self.activation = activation
+        self.clip = clip
+        self.up_offset = up_offset
 
     @jax.named_scope("eqx_transformer.nn.GatedMLP")
     @unbatched(x="seq d_model")
@@ -94,4 +108,9 @@ class GatedMLP(eqx.Module):
         self, x: Float[Array, "seq d_model"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "seq d_model"]:
         """Maps every position on its own. `key` is ignored, as in Equinox."""
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.clip is not None:
+            gate, up = jnp.minimum(gate, self.clip), jnp.clip(up, -self.clip, self.clip)
+        if self.up_offset:
+            up = self.up_offset + up
+        return self.down_proj(self.activation(gate) * up)

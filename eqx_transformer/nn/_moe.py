@@ -53,9 +53,9 @@ class MixtureOfExperts(eqx.Module):
 
         logits  = router(x)
         scores  = softmax(logits)  or  sigmoid(logits)
-        experts = top_k(scores + selection_bias)
+        experts = top_k(scores + selection_bias)              in the best groups, if there are any
         weights = route_scale * scores[experts] / sum(scores[experts])
-        y       = sum_i weights[i] * experts[i](x)  +  shared_experts(x)
+        y       = sum_i weights[i] * experts[i](x)  +  sigmoid(shared_gate(x)) * shared_experts(x)
 
     Takes the place of an `MLP`. Only what is chosen is computed. There is no state: losses and
     loads are returned by `apply_with_stats`. (Shazeer et al., 2017; softmax and capacity: Fedus et
@@ -66,6 +66,7 @@ class MixtureOfExperts(eqx.Module):
     router: Linear
     experts: Callable[[Array], Array]
     shared_experts: Callable[..., Array] | None
+    shared_gate: Linear | None
     selection_bits: Int[Array, " num_experts"] | None
     inference: bool
     num_experts: int = eqx.field(static=True)
@@ -75,6 +76,9 @@ class MixtureOfExperts(eqx.Module):
     route_scale: float = eqx.field(static=True)
     capacity_factor: float | None = eqx.field(static=True)
     jitter: float = eqx.field(static=True)
+    num_groups: int = eqx.field(static=True)
+    top_groups: int = eqx.field(static=True)
+    group_score: Literal["max", "top2"] = eqx.field(static=True)
 
     def __init__(
         self,
@@ -87,8 +91,13 @@ class MixtureOfExperts(eqx.Module):
         renormalize: bool = True,
         route_scale: float = 1.0,
         selection_bias: bool = False,
+        num_groups: int = 1,
+        top_groups: int = 1,
+        group_score: Literal["max", "top2"] = "max",
+        router_bias: bool = False,
         capacity_factor: float | int | None = None,
         shared_experts: Callable[..., Array] | None = None,
+        shared_gate: bool = False,
         jitter: float = 0.0,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
@@ -109,6 +118,11 @@ class MixtureOfExperts(eqx.Module):
         - `selection_bias`: whether there is a number for every expert that is added to its score
             for the choice, and for the choice only; initially zero. It has no gradient, see
             `with_selection_bias`.
+        - `num_groups`, `top_groups`: experts are in `num_groups` groups of consecutive ones, and a
+            position chooses in its best `top_groups` groups only.
+        - `group_score`: what makes a group the best: its best expert, `"max"` (DeepSeek-V2), or the
+            sum of its best two, `"top2"` (DeepSeek-V3).
+        - `router_bias`: whether the router has a bias, a parameter like its weight.
         - `capacity_factor`: how many positions an expert accepts, as a multiple of the mean:
             `ceil(capacity_factor * seq * top_k / num_experts)`. Earlier positions come first, so
             that what happens to one does not depend on later ones, only on how many there are.
@@ -117,6 +131,8 @@ class MixtureOfExperts(eqx.Module):
             then computed as one: where it is spread over devices, inside `jax.shard_map`.
         - `shared_experts`: a Module that every position goes through besides, such as an `MLP`;
             called as `shared_experts(x, key=key)`.
+        - `shared_gate`: whether their output is multiplied by a sigmoid gate, one number a position
+            (Qwen1.5-MoE, 2024).
         - `jitter`: the input of the router is multiplied by uniform noise from
             `[1 - jitter, 1 + jitter]`, unless `inference` is set.
         - `dtype`: of the router's parameters; the default floating dtype if not given.
@@ -140,6 +156,27 @@ class MixtureOfExperts(eqx.Module):
             )
         if scores not in ("softmax", "sigmoid"):
             raise ValueError(f"MixtureOfExperts: scores={scores!r} must be 'softmax' or 'sigmoid'.")
+        if num_groups < 1 or num_experts % num_groups:
+            raise ValueError(
+                f"MixtureOfExperts: num_experts={num_experts} is not a multiple of "
+                f"num_groups={num_groups}."
+            )
+        if not 1 <= top_groups <= num_groups or top_groups * num_experts < top_k * num_groups:
+            raise ValueError(
+                f"MixtureOfExperts: top_groups={top_groups} of num_groups={num_groups} groups must "
+                f"be at least 1 and have top_k={top_k} of the num_experts={num_experts} experts."
+            )
+        if group_score not in ("max", "top2"):
+            raise ValueError(
+                f"MixtureOfExperts: group_score={group_score!r} must be 'max' or 'top2'."
+            )
+        if group_score == "top2" and num_experts < 2 * num_groups:
+            raise ValueError(
+                f"MixtureOfExperts: group_score='top2' needs groups of two experts at least; there "
+                f"are num_experts={num_experts} in num_groups={num_groups}."
+            )
+        if shared_gate and shared_experts is None:
+            raise ValueError("MixtureOfExperts: shared_gate=True needs shared_experts.")
         if capacity_factor is not None and not 0 < capacity_factor < math.inf:
             raise ValueError(
                 f"MixtureOfExperts: capacity_factor={capacity_factor} must be positive; None is no "
@@ -148,10 +185,17 @@ class MixtureOfExperts(eqx.Module):
         if not 0 <= jitter < 1:
             raise ValueError(f"MixtureOfExperts: jitter={jitter} must be at least 0 and below 1.")
         router_key, experts_key = jax.random.split(key)
-        self.router = Linear(d_model, num_experts, dtype=dtype, key=router_key)
+        self.router = Linear(
+            d_model, num_experts, use_bias=router_bias, dtype=dtype, key=router_key
+        )
         keys = jax.random.split(experts_key, num_experts)
         self.experts = eqx.filter_vmap(lambda key: make_expert(key=key))(keys)
         self.shared_experts = shared_experts
+        self.shared_gate = None
+        if shared_gate:
+            self.shared_gate = Linear(
+                d_model, 1, dtype=dtype, key=jax.random.fold_in(router_key, 0)
+            )
         self.selection_bits = jnp.zeros((num_experts,), jnp.int32) if selection_bias else None
         self.inference = False
         self.num_experts = num_experts
@@ -161,6 +205,9 @@ class MixtureOfExperts(eqx.Module):
         self.route_scale = route_scale
         self.capacity_factor = None if capacity_factor is None else float(capacity_factor)
         self.jitter = jitter
+        self.num_groups = num_groups
+        self.top_groups = top_groups
+        self.group_score = group_score
 
     @property
     def selection_bias(self) -> Float[Array, "*stack num_experts"] | None:
@@ -255,7 +302,12 @@ class MixtureOfExperts(eqx.Module):
         y = jnp.einsum("sk,skd->sd", routing.weights.astype(dtype), out.astype(dtype))
         y = y.astype(x.dtype)
         if self.shared_experts is not None:
-            y = y + self.shared_experts(x, key=shared_key)
+            shared = self.shared_experts(x, key=shared_key)
+            if self.shared_gate is not None:
+                shared = shared * jnp.broadcast_to(
+                    jax.nn.sigmoid(self.shared_gate(x)), shared.shape
+                )
+            y = y + shared
         if valid is not None:
             y = jnp.where(valid[:, None], y, 0)
         return y, routing, kept
@@ -278,6 +330,11 @@ class MixtureOfExperts(eqx.Module):
         if self.selection_bias is not None:
             bias = jax.lax.stop_gradient(self.selection_bias).astype(scores.dtype)
             ranked = jax.lax.stop_gradient(scores) + jnp.broadcast_to(bias, scores.shape)
+        elif self.group_score == "top2":
+            # Sums of scores and of logits need not be in the same order.
+            ranked = jax.lax.stop_gradient(scores)
+        if self.top_groups < self.num_groups:
+            ranked = self._in_best_groups(ranked)
         experts = jax.lax.top_k(ranked, self.top_k)[1]
         if self.renormalize:
             # Divided by the sum, also where all of them are tiny.
@@ -286,6 +343,14 @@ class MixtureOfExperts(eqx.Module):
             weights = jnp.take_along_axis(scores, experts, axis=-1)
         log_p = jax.nn.log_softmax(log_scores)
         return _Routing(logits, log_p, experts, self.route_scale * weights)
+
+    def _in_best_groups(self, ranked: Array) -> Array:
+        """Minus infinity for the experts of all other groups."""
+        groups = ranked.reshape(ranked.shape[0], self.num_groups, -1)
+        best = jax.lax.top_k(groups, 1 if self.group_score == "max" else 2)[0].sum(axis=-1)
+        chosen = jax.lax.top_k(best, self.top_groups)[1]
+        kept = jax.nn.one_hot(chosen, self.num_groups, dtype=bool).any(axis=1)
+        return jnp.where(kept[:, :, None], groups, -jnp.inf).reshape(ranked.shape)
 
     def _without_limit(self, x: Array, chosen: Array) -> Array:
         params, static = eqx.partition(self.experts, eqx.is_array)

@@ -7,25 +7,39 @@ from .._precision import accumulation_dtype
 
 
 class RMSNorm(eqx.Module):
-    """Root mean square normalisation of the last axis: `weight * x / sqrt(mean(x**2) + eps)`.
+    """Root mean square normalisation of the last axis.
 
-    Computed in float32 or wider, returned in the dtype of `x`. There is no bias. (Zhang and
-    Sennrich, 2019, equation 4.)
+        y = (offset + weight) * x / sqrt(mean(x**2) + eps)
+
+    Computed in float32 or wider, the product with the weight included, and returned in the dtype of
+    `x`. There is no bias. (Zhang and Sennrich, 2019, equation 4.)
     """
 
     weight: Float[Array, " size"]
     eps: float = eqx.field(static=True)
+    offset: float | int = eqx.field(static=True)
 
-    def __init__(self, size: int, *, eps: float = 1e-5, dtype: DTypeLike | None = None):
+    def __init__(
+        self,
+        size: int,
+        *,
+        eps: float = 1e-5,
+        offset: float | int = 0,
+        dtype: DTypeLike | None = None,
+    ):
         """Arguments:
 
         - `size`: length of the last axis.
         - `eps`: added to the mean square.
-        - `dtype`: of the weight, which is initially one; the default floating dtype if not given.
+        - `offset`: added to the weight. With 1, as in Gemma, weight decay pulls the factor to one.
+        - `dtype`: of the weight, initially `1 - offset`; the default floating dtype if not given.
         """
         _check("RMSNorm", size, eps)
-        self.weight = jnp.ones((size,), dtype)
+        self.weight = jnp.full(
+            (size,), 1 - offset, jnp.result_type(float) if dtype is None else dtype
+        )
         self.eps = eps
+        self.offset = offset
 
     def __call__(
         self, x: Float[Array, "*batch size"], *, key: PRNGKeyArray | None = None
@@ -33,7 +47,10 @@ class RMSNorm(eqx.Module):
         """Normalises the last axis of `x`. `key` is ignored, as in Equinox."""
         h = x.astype(accumulation_dtype(x.dtype))
         h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
-        return (h * _along_last(self.weight, h)).astype(x.dtype)
+        factor = _along_last(self.weight, h)
+        if self.offset:
+            factor = self.offset + factor
+        return (h * factor).astype(x.dtype)
 
 
 class LayerNorm(eqx.Module):
@@ -42,7 +59,7 @@ class LayerNorm(eqx.Module):
     Computed in float32 or wider, returned in the dtype of `x`. (Ba et al., 2016, equation 4.)
     """
 
-    weight: Float[Array, " size"]
+    weight: Float[Array, " size"] | None
     bias: Float[Array, " size"] | None
     eps: float = eqx.field(static=True)
 
@@ -51,6 +68,7 @@ class LayerNorm(eqx.Module):
         size: int,
         *,
         eps: float = 1e-5,
+        use_weight: bool = True,
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
     ):
@@ -58,11 +76,12 @@ class LayerNorm(eqx.Module):
 
         - `size`: length of the last axis.
         - `eps`: added to the variance.
+        - `use_weight`: whether to multiply with a weight, initially one.
         - `use_bias`: whether to add a bias, initially zero.
         - `dtype`: of the parameters; the default floating dtype if not given.
         """
         _check("LayerNorm", size, eps)
-        self.weight = jnp.ones((size,), dtype)
+        self.weight = jnp.ones((size,), dtype) if use_weight else None
         self.bias = jnp.zeros((size,), dtype) if use_bias else None
         self.eps = eps
 
@@ -73,7 +92,8 @@ class LayerNorm(eqx.Module):
         h = x.astype(accumulation_dtype(x.dtype))
         h = h - jnp.mean(h, axis=-1, keepdims=True)
         h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
-        h = h * _along_last(self.weight, h)
+        if self.weight is not None:
+            h = h * _along_last(self.weight, h)
         if self.bias is not None:
             h = h + _along_last(self.bias, h)
         return h.astype(x.dtype)

@@ -8,7 +8,8 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask
-from ..nn import AbstractAttention, MixtureOfExperts
+from ..nn import AbstractAttention, MixtureOfExperts, Modulation
+from ._condition import modulated, read_condition
 from ._residual import Branch, Norm, Residual
 
 
@@ -77,19 +78,30 @@ class TransformerBlock(AbstractBlock):
         x = attention_residual(x, attention)
         x = mlp_residual(x, mlp)
 
-    What the residuals do (norms before or after, dropout, scales) is theirs; see `Residual`.
+    What the residuals do (norms before or after, dropout, scales) is theirs; see `Residual`. With a
+    `modulation`, what enters each branch is shifted and scaled, and what leaves it gated, by
+    vectors that depend on `context.vector` (Peebles and Xie, 2023).
 
     Arguments:
 
     - `attention`: mixes positions.
     - `mlp`: maps every position on its own; called as `mlp(x, key=key)`.
     - `attention_residual`, `mlp_residual`: how each is added.
+    - `modulation`: makes six vectors: shift, scale and gate of attention, then of the MLP.
     """
 
     attention: AbstractAttention
     mlp: Callable[..., Array]
     attention_residual: Residual
     mlp_residual: Residual
+    modulation: Modulation | None = None
+
+    def __check_init__(self) -> None:
+        if self.modulation is not None and self.modulation.num_vectors != 6:
+            raise ValueError(
+                f"TransformerBlock: the modulation has num_vectors={self.modulation.num_vectors} "
+                "but must have 6: shift, scale and gate, of attention and of the MLP."
+            )
 
     @unbatched(x="seq d_model")
     def __call__(
@@ -101,7 +113,7 @@ class TransformerBlock(AbstractBlock):
         positions: Int[Array, " seq"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "seq d_model"]:
-        """Maps a whole sequence; see `AbstractBlock`. There is no `context` here."""
+        """Maps a whole sequence; see `AbstractBlock`. A `context` must be a `Condition`."""
         options = {"context": context, "mask": mask, "positions": positions, "key": key}
         return self.apply_with_stats(x, **options)[0]
 
@@ -115,19 +127,20 @@ class TransformerBlock(AbstractBlock):
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "seq d_model"], Any]:
         """What `__call__` returns, and the statistics of a mixture of experts; `None` without."""
-        no_context(self, context)
+        where, vectors = read_condition("TransformerBlock", context, self.modulation)
 
         def attend(h: Array, key: PRNGKeyArray | None) -> tuple[Array, None]:
-            return self.attention(h, mask=mask, positions=positions, key=key), None
+            return self.attention(h, mask=mask, positions=positions, key=key, **where), None
 
-        x, (_, stats) = self._branches(x, attend, key)
+        x, (_, stats) = self._branches(x, attend, vectors, key)
         return x, stats
 
     def init_cache(
         self, max_len: int, dtype: DTypeLike | None = None, *, context: Any = None
     ) -> Any:
         """The empty cache of the attention layer."""
-        no_context(self, context)
+        if context is not None:
+            read_condition("TransformerBlock", context, self.modulation)
         return self.attention.init_cache(max_len, dtype)
 
     @unbatched(x="seq d_model")
@@ -141,18 +154,22 @@ class TransformerBlock(AbstractBlock):
         length: int | Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "seq d_model"], Any]:
         """Maps the next positions of a sequence; see `AbstractBlock`."""
-        no_context(self, context)
+        where, vectors = read_condition("TransformerBlock", context, self.modulation)
 
         def attend(h: Array, key: PRNGKeyArray | None) -> tuple[Array, Any]:
-            return self.attention.extend(h, cache, mask=mask, length=length)
+            return self.attention.extend(h, cache, mask=mask, length=length, **where)
 
-        x, (cache, _) = self._branches(x, attend, None)
+        x, (cache, _) = self._branches(x, attend, vectors, None)
         return x, cache
 
-    def _branches(self, x: Array, attend: Branch, key: PRNGKeyArray | None) -> tuple[Array, Any]:
+    def _branches(
+        self, x: Array, attend: Branch, vectors: Array | None, key: PRNGKeyArray | None
+    ) -> tuple[Array, Any]:
         keys = (None, None) if key is None else jax.random.split(key)
-        x, cache = self.attention_residual(x, attend, key=keys[0])
-        x, stats = self.mlp_residual(x, mlp_branch(self.mlp), key=keys[1])
+        of_attention, of_mlp = (None, None) if vectors is None else (vectors[:3], vectors[3:])
+        x, cache = self.attention_residual(x, modulated(attend, of_attention), key=keys[0])
+        mlp = modulated(mlp_branch(self.mlp), of_mlp)
+        x, stats = self.mlp_residual(x, mlp, key=keys[1])
         return x, (cache, stats)
 
 
@@ -187,7 +204,7 @@ class ParallelBlock(AbstractBlock):
         positions: Int[Array, " seq"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "seq d_model"]:
-        """Maps a whole sequence; see `AbstractBlock`. There is no `context` here."""
+        """Maps a whole sequence; see `AbstractBlock`. A `context` must be a `Condition`."""
         options = {"context": context, "mask": mask, "positions": positions, "key": key}
         return self.apply_with_stats(x, **options)[0]
 
@@ -201,10 +218,10 @@ class ParallelBlock(AbstractBlock):
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "seq d_model"], Any]:
         """What `__call__` returns, and the statistics of a mixture of experts; `None` without."""
-        no_context(self, context)
+        where, _ = read_condition("ParallelBlock", context, None)
 
         def attend(h: Array, key: PRNGKeyArray | None) -> tuple[Array, None]:
-            return self.attention(h, mask=mask, positions=positions, key=key), None
+            return self.attention(h, mask=mask, positions=positions, key=key, **where), None
 
         x, (_, stats) = self._branches(x, attend, key)
         return x, stats
@@ -213,7 +230,8 @@ class ParallelBlock(AbstractBlock):
         self, max_len: int, dtype: DTypeLike | None = None, *, context: Any = None
     ) -> Any:
         """The empty cache of the attention layer."""
-        no_context(self, context)
+        if context is not None:
+            read_condition("ParallelBlock", context, None)
         return self.attention.init_cache(max_len, dtype)
 
     @unbatched(x="seq d_model")
@@ -227,10 +245,10 @@ class ParallelBlock(AbstractBlock):
         length: int | Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "seq d_model"], Any]:
         """Maps the next positions of a sequence; see `AbstractBlock`."""
-        no_context(self, context)
+        where, _ = read_condition("ParallelBlock", context, None)
 
         def attend(h: Array, key: PRNGKeyArray | None) -> tuple[Array, Any]:
-            return self.attention.extend(h, cache, mask=mask, length=length)
+            return self.attention.extend(h, cache, mask=mask, length=length, **where)
 
         x, (cache, _) = self._branches(x, attend, None)
         return x, cache
@@ -332,12 +350,3 @@ def mlp_branch(mlp: Callable[..., Array]) -> Branch:
         return mlp(h, key=key), None
 
     return branch
-
-
-def no_context(block: AbstractBlock, context: Any) -> None:
-    """Refuses a context, for blocks that would not look at it."""
-    if context is not None:
-        raise ValueError(
-            f"{type(block).__name__}: there is no use for the context that was given; leave it "
-            "out, or use blocks that attend to one, such as DecoderBlock."
-        )

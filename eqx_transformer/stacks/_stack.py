@@ -1,7 +1,7 @@
 import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -12,8 +12,9 @@ from .._scan import filter_scan
 from .._unbatched import unbatched
 from ..attention import AbstractMask
 from ..nn import DropPath
-from ._block import AbstractBlock
+from ._block import AbstractBlock, BlockSequence
 
+Model = TypeVar("Model")
 Remat = bool | Callable[..., Any] | None
 
 
@@ -196,12 +197,15 @@ class Stack(eqx.Module):
         def step(x: Array, layer: tuple[AbstractBlock, Any]) -> tuple[Array, Any]:
             block, old = layer
             x, new = block.extend(x, old, context=context, mask=mask, length=length)
+            if _structure(new) != _structure(old):  # a cache that gains groups of tokens
+                return x, new
             # What a block hands back untouched (a memory it attends to) need not be copied.
             return x, jax.tree.map(lambda a, b: None if a is b else b, old, new)
 
         xs = (self.blocks, cache)
         x, changed = filter_scan(step, x, xs, self.num_layers, unroll=self.unroll)
-        return x, eqx.combine(changed, cache)
+        grown = _structure(changed) != _structure(cache)
+        return x, changed if grown else eqx.combine(changed, cache)
 
     def __len__(self) -> int:
         return self.num_layers
@@ -250,7 +254,29 @@ def linear_drop_path(stack: Stack, rate: float) -> Stack:
     count = len(drop_paths(stack))
     if not count:
         raise ValueError("linear_drop_path: the blocks of the stack contain no DropPath.")
-    return eqx.tree_at(drop_paths, stack, [scheduled] * count)
+    # Each its own: one buffer in two leaves could not be donated.
+    return eqx.tree_at(drop_paths, stack, [jnp.array(scheduled) for _ in range(count)])
+
+
+def unstacked(model: Model) -> Model:
+    """The model with its layers each on their own: the faster form for decoding.
+
+    Every `Stack` in it becomes a `BlockSequence` of its layers. To compute a layer, a loop over
+    depth first copies its weights, and what is in its cache, out of those of all layers; for one
+    token at a time this takes longer than to use them. The copies are made once here. What it costs
+    is a program that grows with depth, and it is slower to compile.
+
+    Caches have another structure then: make them with the model that uses them. `Stack.from_layers`
+    is the way back for a stack.
+    """
+
+    def is_stack(x: Any) -> bool:
+        return isinstance(x, Stack)
+
+    def taken_apart(x: Any) -> Any:
+        return BlockSequence(x.unstack()) if is_stack(x) else x
+
+    return jax.tree.map(taken_apart, model, is_leaf=is_stack)
 
 
 def _stacked(layers: list[AbstractBlock]) -> AbstractBlock:
@@ -287,6 +313,10 @@ def _difference(x: Any, reference: Any, path: str = "") -> str:
             if differ:
                 return _difference(a, b, f"{path}.{field.name}")
     return f"{path}: {eqx.tree_pformat(x)} instead of {eqx.tree_pformat(reference)}"
+
+
+def _structure(cache: Any) -> Any:
+    return jax.tree.structure(cache, is_leaf=lambda x: x is None)
 
 
 def _kind(leaf: Any) -> Any:

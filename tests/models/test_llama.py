@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from eqx_transformer.attention import Padding, Segments
-from eqx_transformer.models import Llama, LlamaConfig
+from eqx_transformer.models import Llama, LlamaConfig, MLAConfig, MoEConfig
+from eqx_transformer.nn import LinearScaling
 
 SEQ = 9
 TINY = LlamaConfig(
@@ -180,7 +181,7 @@ def test_bfloat16(getkey):
     model, tokens = Llama(TINY, key=getkey()), _tokens(getkey)
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x, model)
     logits = low(tokens)
-    assert logits.dtype == jnp.bfloat16 and low.init_cache().k.dtype == jnp.bfloat16
+    assert logits.dtype == jnp.bfloat16 and low.init_cache().layers.k.dtype == jnp.bfloat16
     np.testing.assert_allclose(logits.astype("f4"), model(tokens), atol=0.1)
     _close(low.extend(tokens, low.init_cache())[0].astype("f4"), logits.astype("f4"), 0.05)
 
@@ -266,49 +267,138 @@ def test_every_leaf_is_a_parameter(getkey):
     assert tied.head is None
 
 
+SLIDING = {"window": 4, "layer_types": ("sliding", "global")}
+EXPERTS = MoEConfig(num_experts=4)
+LATENT = MLAConfig(kv_rank=6, nope_head_dim=4, rope_head_dim=2, v_head_dim=3)
+# A value, and what else must be so for it to have a meaning.
 CHANGES = {
-    "vocab_size": 12,
-    "d_model": 24,
-    "num_layers": 3,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "head_dim": 6,
-    "d_ff": 24,
-    "max_len": 8,
-    "rope_theta": 50.0,
+    "vocab_size": (12, {}),
+    "d_model": (24, {}),
+    "num_layers": (3, {}),
+    "num_heads": (2, {}),
+    "num_kv_heads": (1, {}),
+    "head_dim": (6, {}),
+    "d_ff": (24, {}),
+    "ffn_multiple_of": (128, {"d_ff": None}),
+    "ffn_dim_multiplier": (2.0, {"d_ff": None}),
+    "max_len": (8, {}),
+    "tie_embeddings": (True, {}),
+    "head_bias": (True, {}),
+    "embedding_scale": (4.0, {}),
+    "embedding_norm": (True, {}),
+    "embedding_dropout_rate": (0.2, {}),
+    "logit_soft_cap": (1.0, {}),
+    "positions": ("learned", {}),
+    "rope_theta": (50.0, {}),
+    "rope_scaling": (LinearScaling(factor=2.0), {}),
+    "rope_local_theta": (50.0, SLIDING),
+    "rotary_fraction": (0.5, {}),
+    "rope_interleaved": (True, {}),
+    "alibi_scale": (0.5, {"positions": "alibi"}),
+    "causal": (False, {}),
+    "window": (2, {}),
+    "layer_types": ("sliding", SLIDING),
+    "document_start_id": (0, {}),
+    "query_scale": (0.3, {}),
+    "attention_soft_cap": (5.0, {}),
+    "qk_norm": (True, {}),
+    "qk_norm_over": ("projection", {"qk_norm": True}),
+    "clip_qkv": (1.0, {}),
+    "sinks": (True, {}),
+    "mla": (LATENT, {"num_kv_heads": None}),
+    "activation": ("geglu", {}),
+    "mlp_clip": (1.0, {}),
+    "mlp_up_offset": (1.0, {}),
+    "moe": (EXPERTS, {}),
+    "norm": ("layer", {}),
+    "norm_eps": (0.3, {}),
+    "norm_offset": (1.0, {}),
+    "norm_bias": (True, {"norm": "layer"}),
+    "pre_norm": (False, {}),
+    "post_attention_norm": (True, {}),
+    "post_mlp_norm": (True, {}),
+    "parallel_residual": ("one_norm", {}),
+    "use_bias": (True, {}),
+    "qkv_bias": (True, {}),
+    "o_bias": (True, {}),
+    "mlp_bias": (True, {}),
+    "dropout_rate": (0.2, {}),
+    "param_dtype": ("bfloat16", {}),
+    "dtype": ("bfloat16", {}),
+    "logits_dtype": ("bfloat16", {}),
+    "remat": ("full", {}),
+    "unroll": (2, {}),
+    "attention_implementation": ("chunked", {}),
+}
+MOE_CHANGES = {
+    "num_experts": (6, {}),
+    "experts_per_token": (3, {}),
+    "d_expert": (7, {}),
+    "scores": ("sigmoid", {}),
+    "renormalize": (False, {}),
+    "route_scale": (2.0, {}),
+    "router_bias": (True, {}),
+    "selection_bias": (True, {}),
+    "num_groups": (2, {}),
+    "top_groups": (2, {"num_groups": 2}),
+    "group_score": ("top2", {"num_groups": 2}),
+    "num_shared_experts": (1, {}),
+    "shared_gate": (True, {"num_shared_experts": 1}),
+    "first_dense": (1, {}),
+    "every": (2, {}),
+    "dense_layers": ((1,), {}),
+}
+MLA_CHANGES = {
+    "kv_rank": 5,
+    "nope_head_dim": 5,
+    "rope_head_dim": 4,
+    "v_head_dim": 4,
+    "q_rank": 3,
     "norm_eps": 0.3,
-    "window": 2,
-    "qk_norm": True,
-    "use_bias": True,
-    "tie_embeddings": True,
-    "dropout_rate": 0.2,
-    "logit_soft_cap": 1.0,
-    "remat": "full",
-    "unroll": 2,
-    "attention_implementation": "chunked",
 }
 
 
-def _look(config, key):
-    """The parameters, the cache, and the program with its constants."""
-    model = Llama(config, key=key)
-    shapes = [x.shape for x in jax.tree.leaves(model) if eqx.is_array(x)]
-    grad = eqx.filter_grad(lambda m: m(jnp.arange(8), key=key).sum())
-    program = eqx.filter_make_jaxpr(grad)(model)[0]
+def _look(config):
+    """The parameters, the cache, and the program with its constants; nothing is computed."""
+    key = jax.ShapeDtypeStruct((), jr.key(0).dtype)
+    model = eqx.filter_eval_shape(Llama, config, key=key)
+    shapes = [(x.shape, x.dtype) for x in jax.tree.leaves(model) if hasattr(x, "shape")]
+    cache = None
+    if config.causal:
+        cache = [x.shape for x in jax.tree.leaves(eqx.filter_eval_shape(model.init_cache))]
+    program = eqx.filter_make_jaxpr(lambda m, key: m(jnp.arange(8), key=key))(model, key)[0]
     constants = [np.asarray(x).tolist() for x in program.consts if eqx.is_inexact_array(x)]
-    return shapes, model.init_cache().k.shape, str(program), constants
+    # Where reverse mode recomputes, and how often the loop is unrolled, is written there too.
+    return shapes, cache, str(program), constants
 
 
-@pytest.fixture(scope="module")
-def tiny_look():
-    look = _look(TINY, jr.key(0))
-    assert look == _look(TINY.replace(), jr.key(0))
-    return look
+def _replaced(base, name, changes):
+    value, context = changes[name]
+    before = base.replace(**context)
+    return before, before.replace(**{name: value})
+
+
+def test_looking_is_reproducible():
+    assert _look(TINY) == _look(TINY.replace())
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(LlamaConfig)])
-def test_no_field_is_dead(name, tiny_look):
-    assert _look(TINY.replace(**{name: CHANGES[name]}), jr.key(0)) != tiny_look
+def test_no_field_is_dead(name):
+    before, after = _replaced(TINY, name, CHANGES)
+    assert _look(before) != _look(after)
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(MoEConfig)])
+def test_no_field_of_experts_is_dead(name):
+    before, after = _replaced(EXPERTS, name, MOE_CHANGES)
+    assert _look(TINY.replace(moe=before)) != _look(TINY.replace(moe=after))
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(MLAConfig)])
+def test_no_field_of_latent_attention_is_dead(name):
+    config = TINY.replace(num_kv_heads=None, mla=LATENT)
+    after = config.replace(mla=LATENT.replace(**{name: MLA_CHANGES[name]}))
+    assert _look(config) != _look(after)
 
 
 def test_equal_construction_is_one_trace(getkey):

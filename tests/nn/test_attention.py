@@ -14,7 +14,7 @@ from eqx_transformer.attention import (
     SoftCap,
     dot_product_attention,
 )
-from eqx_transformer.nn import Attention, RoPE
+from eqx_transformer.nn import Attention, DynamicScaling, LongRoPEScaling, RMSNorm, RoPE
 
 SEQ, D_MODEL = 7, 12
 
@@ -39,7 +39,7 @@ def _reference(layer, x, allowed, positions):
 
     def rms(m, x):
         scale = np.sqrt((x**2).mean(-1, keepdims=True) + m.eps)
-        return x / scale * np.asarray(m.weight, np.float64)
+        return x / scale * (m.offset + np.asarray(m.weight, np.float64))
 
     def turn(x):
         half = x.shape[-1] // 2
@@ -48,8 +48,13 @@ def _reference(layer, x, allowed, positions):
         return np.concatenate([z.real, z.imag], -1)
 
     projections = (layer.q_proj, layer.k_proj, layer.v_proj)
-    q, k, v = (linear(p, x).reshape(len(x), -1, layer.head_dim) for p in projections)
-    if layer.q_norm is not None:
+    q, k, v = (linear(p, x) for p in projections)
+    if layer.clip is not None:
+        q, k, v = (np.clip(y, -layer.clip, layer.clip) for y in (q, k, v))
+    if layer.q_norm is not None and layer.qk_norm_over == "projection":
+        q, k = rms(layer.q_norm, q), rms(layer.k_norm, k)
+    q, k, v = (y.reshape(len(x), -1, layer.head_dim) for y in (q, k, v))
+    if layer.q_norm is not None and layer.qk_norm_over == "head":
         q, k = rms(layer.q_norm, q), rms(layer.k_norm, k)
     if layer.rope is not None:
         q, k = turn(q), turn(k)
@@ -57,7 +62,8 @@ def _reference(layer, x, allowed, positions):
     for h in range(q.shape[1]):
         g = h // (q.shape[1] // k.shape[1])
         weights = np.where(allowed, np.exp(scale * q[:, h] @ k[:, g].T), 0)
-        heads.append(weights / weights.sum(-1, keepdims=True) @ v[:, g])
+        sink = 0 if layer.sinks is None else np.exp(np.float64(layer.sinks[h]))
+        heads.append(weights / (weights.sum(-1, keepdims=True) + sink) @ v[:, g])
     return linear(layer.o_proj, np.concatenate(heads, -1))
 
 
@@ -68,6 +74,9 @@ def _reference(layer, x, allowed, positions):
         {"num_kv_heads": 4, "rope": None},
         {"num_kv_heads": 1, "qk_norm": True, "norm_eps": 0.1},
         {"use_bias": True, "scale": 0.3, "mask": None},
+        {"qkv_bias": True, "sinks": True},
+        {"use_bias": True, "k_bias": False, "clip": 0.6},
+        {"qk_norm": eqx.Partial(RMSNorm, eps=0.1, offset=1), "qk_norm_over": "projection"},
         {"mask": Causal() & SlidingWindow(left=2, right=0)},
         {"attention_fn": eqx.Partial(dot_product_attention, implementation="chunked")},
     ],
@@ -150,12 +159,52 @@ def test_static_numbers_are_not_leaves(getkey):
     assert len(leaves) == 4 * 2 + 2
 
 
+def test_which_projections_have_biases(getkey):
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    for options, expected in (
+        ({}, [0, 0, 0, 0]),
+        ({"use_bias": True}, [1, 1, 1, 1]),
+        ({"qkv_bias": True}, [1, 1, 1, 0]),
+        ({"use_bias": True, "qkv_bias": False}, [0, 0, 0, 1]),
+        ({"use_bias": True, "k_bias": False}, [1, 0, 1, 1]),
+    ):
+        layer = Attention(8, 2, key=getkey(), **options)
+        assert [getattr(layer, name).bias is not None for name in names] == expected
+
+
+def test_derivatives_with_sinks_and_clip(x64):
+    """Those of the tiled implementation against those of the dense one, up to the second."""
+    rng = np.random.default_rng(0)
+    x, weight = jnp.asarray(rng.normal(size=(2, SEQ, D_MODEL)))
+    options = {"qk_norm": True, "sinks": True, "clip": 1.0, "score_mod": SoftCap(1.5)}
+
+    def derivatives(implementation):
+        fn = eqx.Partial(dot_product_attention, implementation=implementation)
+        layer = Attention(D_MODEL, 4, mask=Causal(), attention_fn=fn, key=jr.key(0), **options)
+        arrays, static = eqx.partition(layer, eqx.is_inexact_array)
+        rng = np.random.default_rng(1)
+        point, dots = (
+            jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape)), arrays) for _ in range(2)
+        )
+
+        def loss(arrays):
+            return jnp.vdot(jnp.sin(eqx.combine(arrays, static)(x)), weight)
+
+        return jax.jit(lambda p, t: jax.jvp(jax.value_and_grad(loss), (p,), (t,)))(point, dots)
+
+    got, expected = derivatives("chunked"), derivatives("reference")
+    assert (expected[0][1].sinks != 0).all() and (expected[1][1].sinks != 0).all()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
+
+
 def test_errors(getkey):
     for sizes, message in (
         ({"num_heads": 5}, "d_model=12 is not a multiple of num_heads=5"),
         ({"num_heads": 4, "num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
         ({"num_heads": 0}, "num_heads=0"),
         ({"num_heads": 4, "dropout_rate": 1.0}, "dropout_rate=1.0"),
+        ({"num_heads": 4, "clip": 0}, "clip=0 must be positive"),
     ):
         with pytest.raises(ValueError, match=message):
             Attention(12, key=getkey(), **sizes)
@@ -190,8 +239,9 @@ def _extend(layer, x, chunks, max_len=SEQ, mask=None, garbage=0.0):
         {"qk_norm": True, "use_bias": True},
         {"num_kv_heads": 1, "mask": Causal() & SlidingWindow(left=2, right=0)},
         {"attention_fn": eqx.Partial(dot_product_attention, implementation="chunked")},
+        {"sinks": True, "clip": 0.6, "qk_norm": True, "qk_norm_over": "projection"},
     ],
-    ids=["gqa", "window", "chunked"],
+    ids=["gqa", "window", "chunked", "sinks"],
 )
 def test_cache_is_the_forward(getkey, options, chunking):
     layer, x = _layer(getkey, **options), jr.normal(getkey(), (SEQ, D_MODEL))
@@ -205,6 +255,30 @@ def test_empty_slots_are_not_attended_without_a_causal_mask(getkey):
     layer, x = _layer(getkey, mask=None), jr.normal(getkey(), (SEQ, D_MODEL))
     out, _ = _extend(layer, x, [(SEQ, None)], max_len=20)
     np.testing.assert_allclose(out, layer(x), rtol=1e-5, atol=1e-5)
+
+
+LENGTH_SCALINGS = {
+    "dynamic": DynamicScaling(factor=4.0, original_max_len=4),
+    "longrope": LongRoPEScaling(
+        short_factors=(1.0, 1.5), long_factors=(3.0, 7.0), factor=4.0, original_max_len=4
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LENGTH_SCALINGS)
+def test_angles_that_depend_on_the_length(getkey, name):
+    """After every chunk, all cached keys are turned by the angles of the length so far."""
+    layer = _layer(getkey, rope=RoPE(theta=30.0, scaling=LENGTH_SCALINGS[name]))
+    x, cache = jr.normal(getkey(), (SEQ, D_MODEL)), layer.init_cache(SEQ)
+    for start, given, count in ((0, 3, 2), (2, 2, 2), (4, 1, 1), (5, 2, 2)):
+        length, end = jnp.array(count), start + count
+        chunk = jnp.full((given, D_MODEL), jnp.nan).at[:count].set(x[start:end])
+        out, cache = layer.extend(chunk, cache, length=length)
+        np.testing.assert_allclose(out[:count], layer(x[:end])[start:], rtol=1e-4, atol=1e-5)
+    # The length matters, and is one more than the last position.
+    assert jnp.abs(layer(x)[:4] - layer(x[:4])).max() > 1e-3
+    out = layer(x, positions=jnp.arange(SEQ))
+    np.testing.assert_allclose(out, layer(x), rtol=1e-4, atol=1e-5)
 
 
 def test_caller_mask_with_a_cache(getkey):

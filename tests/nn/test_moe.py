@@ -41,6 +41,18 @@ OPTIONS = {
     "capacity": {"capacity_factor": 0.9},
     "capacity sigmoid": {"scores": "sigmoid", "capacity_factor": 0.3, "top_k": 3},
     "room for all": {"capacity_factor": 1000},
+    # Of eight experts, in four groups of two or in two groups of four.
+    "groups": {"num_experts": 8, "num_groups": 4, "top_groups": 2, "renormalize": False},
+    "best two": {
+        "num_experts": 8,
+        "num_groups": 2,
+        "group_score": "top2",
+        "scores": "sigmoid",
+        "selection_bias": True,
+        "top_k": 3,
+    },
+    "best two scores": {"num_experts": 8, "num_groups": 2, "group_score": "top2"},
+    "router bias": {"router_bias": True},
 }
 
 
@@ -59,12 +71,14 @@ def build(make_layer):
 
 
 def make(expert="mlp", **options):
+    options = {"num_experts": EXPERTS, **options}
+
     def make_layer(*, key):
-        return MixtureOfExperts(D_MODEL, EXPERTS, MAKE[expert], key=key, **options)
+        return MixtureOfExperts(D_MODEL, make_expert=MAKE[expert], key=key, **options)
 
     layer = build(make_layer)
     if layer.selection_bias is not None:
-        layer = layer.with_selection_bias(normal(EXPERTS, dtype="f4") * 0.3)
+        layer = layer.with_selection_bias(normal(layer.num_experts, dtype="f4") * 0.3)
     return layer
 
 
@@ -90,6 +104,15 @@ def _expert(experts, e, row):
     return linear(experts.down_proj, gate / (1 + np.exp(-gate)) * linear(experts.up_proj, row))
 
 
+def _in_best_groups(layer, scores):
+    """The scores, and minus infinity in the groups that are not chosen, one group at a time."""
+    groups = np.split(scores, layer.num_groups)
+    best = [sum(sorted(g)[-2:]) if layer.group_score == "top2" else max(g) for g in groups]
+    chosen = np.argsort(best)[-layer.top_groups :]
+    parts = [g if i in chosen else np.full(len(g), -np.inf) for i, g in enumerate(groups)]
+    return np.concatenate(parts)
+
+
 def slow(layer, x, valid=None, dropping=True):
     """What the layer computes, choice by choice, in float64; and its statistics."""
     seq, k, num_experts = len(x), layer.top_k, layer.num_experts
@@ -104,11 +127,12 @@ def slow(layer, x, valid=None, dropping=True):
         if not valid[t]:
             continue
         logits = _f64(x[t]) @ _f64(layer.router.weight)
+        logits = logits + (0 if layer.router.bias is None else _f64(layer.router.bias))
         if layer.scores == "softmax":
             scores = np.exp(logits) / np.exp(logits).sum()
         else:
             scores = 1 / (1 + np.exp(-logits))
-        experts = np.argsort(-(scores + bias))[:k]
+        experts = np.argsort(-_in_best_groups(layer, scores + bias))[:k]
         total = scores[experts].sum() if layer.renormalize else 1
         for e in experts:
             chosen[e] += 1
@@ -140,6 +164,12 @@ def dense(layer, x):
     scores = jax.nn.sigmoid(scores) if layer.scores == "sigmoid" else jax.nn.softmax(scores)
     bias = 0.0 if layer.selection_bias is None else layer.selection_bias.astype(x.dtype)[None]
     ranked = scores + bias
+    if layer.top_groups < layer.num_groups:
+        groups = ranked.reshape(len(x), layer.num_groups, -1)
+        best = jnp.sort(groups, axis=-1)[:, :, -2:].sum(-1)
+        cut = jnp.sort(best, axis=-1)[:, -layer.top_groups, None]
+        kept = jnp.broadcast_to((best >= cut)[:, :, None], groups.shape)
+        ranked = jnp.where(kept.reshape(ranked.shape), ranked, -jnp.inf)
     cut = jnp.sort(ranked, axis=-1)[:, -layer.top_k, None]
     scores = jnp.where(ranked >= cut, scores, 0)
     if layer.renormalize:
@@ -254,6 +284,18 @@ def test_shared_experts():
     assert (np.asarray(one) != np.asarray(other)).all()
 
 
+def test_shared_gate(x64):
+    layer = make(shared_experts=build(MAKE["mlp"]), shared_gate=True)
+    x, weight = normal(2, SEQ, D_MODEL)
+
+    def expected(layer, x):
+        gate = jax.nn.sigmoid((x @ layer.shared_gate.weight)[:, 0])[:, None]
+        return dense(layer, x) + layer.shared_experts(x) * jnp.broadcast_to(gate, x.shape)
+
+    got = value_and_grad(layer, x, weight)
+    assert_close(got, value_and_grad(layer, x, weight, expected), rtol=1e-9, atol=1e-12)
+
+
 def test_jitter():
     layer, x = make(jitter=0.5), normal(SEQ, D_MODEL)
     stats = [apply_with_stats(layer, x, None, jr.key(i))[1].z_loss for i in (0, 0, 1)]
@@ -297,6 +339,7 @@ DERIVED = {
     "softmax": ({}, True),
     "sigmoid": (OPTIONS["sigmoid"], False),
     "capacity": ({"capacity_factor": 1000, "top_k": 3}, False),
+    "groups": ({**OPTIONS["best two"], "router_bias": True}, False),
 }
 
 
@@ -623,6 +666,12 @@ def test_any_module_is_an_expert(x64):
         ({"capacity_factor": math.nan}, "capacity_factor=nan must be positive"),
         ({"jitter": 1.0}, r"jitter=1\.0 must be at least 0 and below 1"),
         ({"scores": "tanh"}, "tanh"),
+        ({"num_groups": 2}, "num_experts=7 is not a multiple of num_groups=2"),
+        ({"top_groups": 2}, "top_groups=2 of num_groups=1"),
+        ({"num_groups": 7, "top_groups": 1}, "must be at least 1 and have top_k=2"),
+        ({"num_groups": 7, "top_groups": 2, "group_score": "top2"}, "groups of two experts"),
+        ({"group_score": "mean"}, "mean"),
+        ({"shared_gate": True}, "shared_gate=True needs shared_experts"),
     ],
 )
 def test_bad_options(getkey, options, message):
