@@ -1,0 +1,79 @@
+"""Rotary position embedding for places in space."""
+
+import math
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .._precision import accumulation_dtype
+from ._coordinates import check_dims
+
+
+class AxialRoPE(eqx.Module):
+    """Rotary position embedding with several, real-valued coordinates.
+
+    The `head_dim / 2` pairs of features are shared out evenly. Pair `k` of the `n` that belong to
+    a coordinate `c` is turned by the angle
+
+        scale * c * theta ** (-k / n)
+
+    and pairs left over are not turned. Feature `i` is paired with feature `i + head_dim / 2`. A
+    position at the origin is not turned at all. With the defaults and coordinates from
+    `grid_coordinates` this is what DINOv3 does. (Su et al., 2021; axial: Heo et al., Rotary
+    Position Embedding for Vision Transformer, 2024, section 3.2.)
+
+    It holds numbers only: nothing here is a parameter. It can be differentiated with respect to
+    the coordinates.
+
+    Arguments:
+
+    - `num_dims`: how many coordinates a position has.
+    - `theta`: the ratio of the longest wavelength, nearly, to the shortest.
+    - `scale`: by what angle the fastest pair is turned from 0 to 1. The shortest wavelength is
+        `2 pi / scale`.
+
+    Raises:
+
+    - `ValueError` if a number is not positive.
+    """
+
+    num_dims: int = eqx.field(static=True, default=2)
+    theta: float = eqx.field(static=True, default=100.0)
+    scale: float = eqx.field(static=True, default=2 * math.pi)
+
+    def __check_init__(self) -> None:
+        for name in ("num_dims", "theta", "scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"AxialRoPE: {name}={getattr(self, name)} must be positive.")
+
+    def __call__(
+        self, x: Float[Array, "seq heads head_dim"], coordinates: Float[Array, "seq dims"]
+    ) -> Float[Array, "seq heads head_dim"]:
+        """Rotates `x[i]` to `coordinates[i]`, in float32 or wider.
+
+        Raises:
+
+        - `ValueError` if there are other than `num_dims` coordinates, or too few features for them.
+        """
+        check_dims("AxialRoPE", self.num_dims, coordinates)
+        half = x.shape[-1] // 2
+        count = half // self.num_dims
+        if count < 1 or x.shape[-1] % 2:
+            raise ValueError(
+                f"AxialRoPE: cannot turn head_dim={x.shape[-1]} features by {self.num_dims} "
+                f"coordinates; head_dim must be even and at least {2 * self.num_dims}."
+            )
+        dtype = accumulation_dtype(x.dtype)
+        frequency = jnp.asarray(self.scale * self.theta ** (-np.arange(count) / count), dtype)
+        angle = coordinates.astype(dtype)[:, :, None] * frequency[None, None, :]
+        angle = angle.reshape(x.shape[0], self.num_dims * count)
+        angle = jnp.pad(angle, ((0, 0), (0, half - angle.shape[1])))
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        # Full-width tables and one swap of halves: the rotation is then a single elementwise pass.
+        cos = jnp.concatenate([cos, cos], axis=-1)[:, None, :]
+        sin = jnp.concatenate([-sin, sin], axis=-1)[:, None, :]
+        h = x.astype(dtype)
+        swapped = jnp.concatenate([h[..., half:], h[..., :half]], axis=-1)
+        return (h * cos + swapped * sin).astype(x.dtype)
