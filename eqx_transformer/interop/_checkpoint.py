@@ -7,13 +7,24 @@ import secrets
 from pathlib import Path
 from typing import Any, Final
 
-import equinox as eqx
-import jax
+from ..models import (
+    CLIP,
+    CLIPConfig,
+    DiT,
+    DiTConfig,
+    Llama,
+    LlamaConfig,
+    VisionTransformer,
+    ViTConfig,
+)
+from ._pytree import load_pytree, named_arrays, replace, save_pytree, skeleton
 
-from ..models import Llama, LlamaConfig
-from ._pytree import load_pytree, named_arrays, replace, save_pytree
-
-_MODELS: Final = {"Llama": (Llama, LlamaConfig)}
+_MODELS: Final = {
+    "CLIP": (CLIP, CLIPConfig),
+    "DiT": (DiT, DiTConfig),
+    "Llama": (Llama, LlamaConfig),
+    "VisionTransformer": (VisionTransformer, ViTConfig),
+}
 _FORMAT: Final = "eqx_transformer"
 _VERSION: Final = 1
 _WEIGHTS: Final = re.compile(r"model-[0-9a-f]{16}\.safetensors")
@@ -33,7 +44,6 @@ def save(model: Any, directory: str | Path) -> None:
 
     Raises:
 
-    - `ImportError` without safetensors.
     - `ValueError` if the model is none of this library's, or no longer what its config builds
         (after surgery): it could not be loaded again. `save_pytree` saves any PyTree.
     """
@@ -42,7 +52,7 @@ def save(model: Any, directory: str | Path) -> None:
         raise ValueError(
             f"save: {name} is not one of the models {sorted(_MODELS)}; use save_pytree."
         )
-    expected, found = named_arrays(_skeleton(name, model.config)), named_arrays(model)
+    expected, found = named_arrays(skeleton(_MODELS[name][0], model.config)), named_arrays(model)
     changed = [
         k
         for k in {**expected, **found}
@@ -80,7 +90,6 @@ def load(directory: str | Path) -> Any:
 
     Raises:
 
-    - `ImportError` without safetensors.
     - `FileNotFoundError` if there is no checkpoint.
     - `ValueError` if a file is damaged or of a newer format, or with a list of all tensors that
         are missing, unexpected or of another shape.
@@ -110,10 +119,4 @@ def load(directory: str | Path) -> Any:
     if not (directory / weights).is_file():
         raise FileNotFoundError(f"load: {path} names the weights {weights}, which do not exist.")
     config = _MODELS[name][1].from_dict(fields)
-    return load_pytree(directory / weights, _skeleton(name, config))
-
-
-def _skeleton(name: str, config: Any) -> Any:
-    """The model with shapes in place of weights."""
-    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
-    return eqx.filter_eval_shape(lambda key: _MODELS[name][0](config, key=key), key)
+    return load_pytree(directory / weights, skeleton(_MODELS[name][0], config))

@@ -1,9 +1,7 @@
 """Arrays of a PyTree in a safetensors file, keyed by their paths."""
 
-import importlib.util
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,25 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Tree = TypeVar("Tree")
+from ._safetensors import DTYPES, SafetensorsFile, TensorInfo, write_safetensors
 
-# A header is a few hundred bytes a tensor; the format itself stops here too.
-_MAX_HEADER = 100_000_000
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
+Tree = TypeVar("Tree")
 
 
 def save_pytree(tree: Any, path: str | Path) -> None:
@@ -47,24 +29,22 @@ def save_pytree(tree: Any, path: str | Path) -> None:
 
     Raises:
 
-    - `ImportError` without safetensors.
     - `ValueError` for an array whose dtype the format has no name for, such as a PRNG key.
     """
-    _require_safetensors()
-    from safetensors.numpy import save_file
-
     arrays = named_arrays(tree)
     for name, x in arrays.items():
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             raise ValueError(
                 f"save_pytree: {name} is a PRNG key; save jax.random.key_data of it instead."
             )
-        if x.dtype.name not in _DTYPES.values():
+        if x.dtype.name not in DTYPES.values():
             raise ValueError(f"save_pytree: {name} has dtype {x.dtype}, which cannot be saved.")
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shapes = {name: (np.dtype(x.dtype), x.shape) for name, x in arrays.items()}
     try:
-        save_file({k: np.asarray(x, order="C") for k, x in arrays.items()}, temporary)
+        temporary.unlink(missing_ok=True)
+        write_safetensors(temporary, shapes, arrays.__getitem__)
         replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -88,60 +68,34 @@ def load_pytree(path: str | Path, like: Tree) -> Tree:
 
     Raises:
 
-    - `ImportError` without safetensors.
     - `ValueError` if the file is damaged, or with the list of all that is missing, unexpected or
         of another shape.
     """
-    _require_safetensors()
-    from safetensors import safe_open
-
     path = Path(path)
     expected = named_arrays(like)
-    _check_names(path, read_header(path), expected)
-    with safe_open(path, framework="numpy") as file:
-        leaves = [jnp.asarray(file.get_tensor(name)) for name in expected]
-    structure = jax.tree.structure(eqx.filter(like, _is_array))
-    arrays = jax.tree.unflatten(structure, leaves)
-    return eqx.combine(arrays, eqx.filter(like, _is_array, inverse=True))
+    with SafetensorsFile(path) as file:
+        _check_names(path, file.tensors, expected)
+        leaves = [jnp.asarray(file.read(name)) for name in expected]
+    return with_arrays(like, leaves)
+
+
+def skeleton(make: Callable[..., Tree], config: Any) -> Tree:
+    """The model of a configuration, with shapes in place of arrays."""
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+    return eqx.filter_eval_shape(lambda key: make(config, key=key), key)
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
     """The arrays of a PyTree (or their shapes) by dotted path, in the order of its leaves."""
-    leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, _is_array))
+    leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, is_array))
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
 
 
-def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of every tensor in a safetensors file, without reading their data.
-
-    Raises:
-
-    - `ValueError` if the file is not whole, or not a safetensors file.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
-            raise ValueError(
-                f"{path} is damaged: its header would be {length} bytes long in a file of {size}."
-            )
-        text = file.read(length)
-    try:
-        header = json.loads(text, object_pairs_hook=_without_duplicates)
-        tensors = {k: v for k, v in header.items() if k != "__metadata__"}
-        described = {
-            name: (_DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"]))
-            for name, entry in tensors.items()
-        }
-        end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: its header cannot be read ({error}).") from error
-    if 8 + length + end != size:
-        raise ValueError(
-            f"{path} is damaged: its header describes {8 + length + end} bytes, but it has {size}."
-        )
-    return described
+def with_arrays(tree: Tree, arrays: list[Any]) -> Tree:
+    """The PyTree with other arrays, in the order of its leaves."""
+    structure = jax.tree.structure(eqx.filter(tree, is_array))
+    other = jax.tree.unflatten(structure, arrays)
+    return eqx.combine(other, eqx.filter(tree, is_array, inverse=True))
 
 
 def replace(source: Path, target: Path) -> None:
@@ -156,18 +110,16 @@ def replace(source: Path, target: Path) -> None:
         os.close(folder)
 
 
-def _check_names(
-    path: Path, found: Mapping[str, tuple[str, tuple[int, ...]]], expected: Mapping[str, Any]
-) -> None:
+def _check_names(path: Path, found: Mapping[str, TensorInfo], expected: Mapping[str, Any]) -> None:
     problems = [
         f"missing: {name} {_describe(expected[name])}" for name in expected.keys() - found.keys()
     ]
     problems += [f"unexpected: {name} {found[name]}" for name in found.keys() - expected.keys()]
     for name in expected.keys() & found.keys():
-        dtype, shape = found[name]
-        if shape != expected[name].shape or _kind(dtype) != _kind(expected[name].dtype):
+        info = found[name]
+        if info.shape != expected[name].shape or _kind(info.dtype) != _kind(expected[name].dtype):
             problems.append(
-                f"different: {name} is {dtype}{list(shape)} in the file but "
+                f"different: {name} is {info} in the file but "
                 f"{_describe(expected[name])} in the model"
             )
     if problems:
@@ -185,17 +137,6 @@ def _kind(dtype: Any) -> str:
     return next(name for name, kind in kinds.items() if jnp.issubdtype(jnp.dtype(dtype), kind))
 
 
-def _is_array(x: Any) -> bool:
+def is_array(x: Any) -> bool:
+    """Whether a leaf is an array, or says what array is to be there."""
     return eqx.is_array(x) or isinstance(x, np.ndarray | jax.ShapeDtypeStruct)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(names) != len(set(names)):
-        raise ValueError("a name stands in it twice")
-    return dict(pairs)
-
-
-def _require_safetensors() -> None:
-    if importlib.util.find_spec("safetensors") is None:
-        raise ImportError('Saving and loading need safetensors: pip install "eqx_transformer[io]".')

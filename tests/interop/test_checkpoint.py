@@ -15,11 +15,33 @@ import numpy as np
 import pytest
 
 from eqx_transformer.interop import load, load_pytree, save, save_pytree
-from eqx_transformer.models import Llama, LlamaConfig
+from eqx_transformer.models import (
+    CLIP,
+    CLIPConfig,
+    DiT,
+    DiTConfig,
+    Llama,
+    LlamaConfig,
+    TransformerConfig,
+    VisionTransformer,
+    ViTConfig,
+)
 
 CONFIG = LlamaConfig(
     vocab_size=11, d_model=8, num_layers=2, num_heads=2, num_kv_heads=1, d_ff=16, max_len=32
 )
+
+SEES = {"image_size": (4, 8), "patch_size": 4, "d_model": 8, "num_layers": 2, "num_heads": 2}
+OTHERS = {
+    VisionTransformer: ViTConfig(**SEES, num_classes=3, layer_scale=0.5),
+    CLIP: CLIPConfig(
+        vision=ViTConfig(**SEES),
+        text=TransformerConfig(vocab_size=11, d_model=8, num_layers=1, num_heads=2),
+        text_pooling="largest",
+        loss="sigmoid",
+    ),
+    DiT: DiTConfig(**SEES, num_channels=1, num_classes=3),
+}
 
 
 def make(seed=0, config=CONFIG, dtype=None):
@@ -50,6 +72,15 @@ def test_round_trip_is_equal_to_the_bit(tmp_path, dtype, tied):
     loaded = load(tmp_path)
     assert eqx.tree_equal(model, loaded, typematch=True)
     assert loaded.config == model.config
+
+
+@pytest.mark.parametrize("kind", OTHERS, ids=lambda kind: kind.__name__)
+def test_every_model_can_be_saved(tmp_path, kind):
+    model = kind(OTHERS[kind], key=jax.random.key(0))
+    save(model, tmp_path)
+    loaded = load(tmp_path)
+    assert type(loaded) is kind and loaded.config == model.config
+    assert eqx.tree_equal(model, loaded, typematch=True)
 
 
 def test_float64_round_trip(tmp_path, x64):
