@@ -7,11 +7,17 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask, Padding
-from ..nn import Linear
-from ..stacks import Stack
+from ..nn import Embedding, Linear, truncate
 from ._encoder import encode
 from ._token_embedding import TokenEmbedding
-from ._transformer_config import TransformerConfig, make_norm, make_stack
+from ._transformer_config import TransformerConfig
+from ._transformer_parts import (
+    AnyStack,
+    check_no_encoder_fields,
+    make_head,
+    make_norm,
+    make_stack,
+)
 
 
 class TokenCache(eqx.Module):
@@ -20,6 +26,11 @@ class TokenCache(eqx.Module):
     layers: Any
     valid: Bool[Array, " max_len"] | None
     length: Int[Array, ""]
+
+    def truncate(self, length: int | Int[Array, ""]) -> "TokenCache":
+        """The cache of the first `length` tokens; see `eqx_transformer.nn.truncate`."""
+        layers = truncate(self.layers, length)
+        return TokenCache(layers, self.valid, jnp.asarray(length, jnp.int32))
 
 
 class TransformerDecoder(eqx.Module):
@@ -30,9 +41,10 @@ class TransformerDecoder(eqx.Module):
 
     config: TransformerConfig = eqx.field(static=True)
     embedding: TokenEmbedding
-    stack: Stack
+    stack: AnyStack
     norm: Any
     head: Linear | None
+    logit_bias: Float[Array, " vocab"] | None
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
         """Arguments:
@@ -40,12 +52,13 @@ class TransformerDecoder(eqx.Module):
         - `config`: the numbers.
         - `key`: for the initial weights.
         """
+        check_no_encoder_fields("TransformerDecoder", config)
         embedding_key, stack_key, head_key = jax.random.split(key, 3)
         self.config = config
         self.embedding = TokenEmbedding(config, key=embedding_key)
         self.stack = make_stack(config, config.num_layers, causal=True, key=stack_key)
         self.norm = make_norm(config, config.d_model) if config.final_norm else None
-        self.head = make_head(config, key=head_key)
+        self.head, self.logit_bias = make_head(config, key=head_key)
 
     @jax.named_scope("eqx_transformer.models.TransformerDecoder")
     @unbatched(tokens="seq")
@@ -86,7 +99,7 @@ class TransformerDecoder(eqx.Module):
         """What `__call__` returns, and the `RouterStats` of each layer if there are experts."""
         parts = (self.embedding, self.stack, self.norm)
         x, stats = encode(*parts, tokens, mask=mask, positions=positions, key=key)
-        return logits(self.embedding, self.head, x), stats
+        return self._logits(x), stats
 
     def init_cache(self, max_len: int | None = None, dtype: DTypeLike | None = None) -> TokenCache:
         """An empty cache.
@@ -133,25 +146,34 @@ class TransformerDecoder(eqx.Module):
         """
         parts = (self.embedding, self.stack, self.norm)
         x, cache = extend(*parts, tokens, cache, mask=mask, length=length)
-        return logits(self.embedding, self.head, x), cache
+        return self._logits(x), cache
 
-
-def make_head(config: TransformerConfig, *, key: PRNGKeyArray) -> Linear | None:
-    """The output head, if it is not the embedding."""
-    return None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, key=key)
+    def _logits(self, x: Array) -> Array:
+        table = self.embedding.embedding
+        return logits(table, self.head, self.logit_bias, x, scaled=self.config.scale_output)
 
 
 def logits(
-    embedding: TokenEmbedding, head: Linear | None, x: Float[Array, "seq d_model"]
+    table: Embedding,
+    head: Linear | None,
+    bias: Float[Array, " vocab"] | None,
+    x: Float[Array, "seq d_model"],
+    *,
+    scaled: bool = False,
 ) -> Float[Array, "seq vocab"]:
     """The scores of all tokens, by the head or, where there is none, by the embedding."""
-    return embedding.embedding.attend(x) if head is None else head(x)
+    if scaled:
+        x = x * x.shape[-1] ** -0.5
+    scores = table.attend(x) if head is None else head(x)
+    if bias is not None:
+        scores = scores + jnp.broadcast_to(bias.astype(scores.dtype), scores.shape)
+    return scores
 
 
 def init_token_cache(
     config: TransformerConfig,
     embedding: TokenEmbedding,
-    stack: Stack,
+    stack: AnyStack,
     max_len: int | None,
     dtype: DTypeLike | None,
     context: Any = None,
@@ -167,7 +189,7 @@ def init_token_cache(
 
 def extend(
     embedding: TokenEmbedding,
-    stack: Stack,
+    stack: AnyStack,
     norm: Any,
     tokens: Int[Array, " seq"],
     cache: TokenCache,

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -6,44 +7,69 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..attention import AbstractMask, Padding
-from ..nn import Embedding, LearnedPositions, SinusoidalPositions
-from ._transformer_config import TransformerConfig, make_positions
+from ..nn import Embedding, LearnedPositions, Linear, SinusoidalPositions
+from ._transformer_config import TransformerConfig
+from ._transformer_parts import make_norm, make_positions
 
 
 class TokenEmbedding(eqx.Module):
     """What enters the first block: vectors of tokens, with their positions.
 
-        dropout(scale * embedding(tokens) + positions)
+        x = scale * embedding(tokens) + token_types(types) + positions
+        projection(dropout(norm(x)))
 
-    (Vaswani et al., 2017, section 3.4, where the scale is `sqrt(d_model)`.)
+    Whatever is `None` is left out. (Vaswani et al., 2017, section 3.4, where the scale is
+    `sqrt(d_model)`; types and norm: Devlin et al., BERT, 2018; projection: Lan et al., ALBERT,
+    2019.)
     """
 
     embedding: Embedding
     positions: SinusoidalPositions | LearnedPositions | None
+    token_types: Embedding | None
+    norm: Any
+    projection: Linear | None
     dropout: eqx.nn.Dropout
     scale: float = eqx.field(static=True)
+    position_offset: int = eqx.field(static=True)
     max_len: int = eqx.field(static=True)
     pad_token_id: int | None = eqx.field(static=True)
+    uncounted_token_id: int | None = eqx.field(static=True)
 
-    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
+    def __init__(
+        self, config: TransformerConfig, *, table: Embedding | None = None, key: PRNGKeyArray
+    ):
         """Arguments:
 
         - `config`: the numbers.
+        - `table`: the vectors of tokens, if they exist already.
         - `key`: for the initial weights.
         """
-        tokens_key, positions_key = jax.random.split(key)
-        self.embedding = Embedding(config.vocab_size, config.d_model, key=tokens_key)
+        size = config.embedding_dim
+        tokens_key, positions_key, types_key, projection_key = jax.random.split(key, 4)
+        if table is None:
+            table = Embedding(config.vocab_size, size, key=tokens_key)
+        self.embedding = table
         self.positions = make_positions(config, key=positions_key)
+        self.token_types = None
+        if config.num_token_types is not None:
+            self.token_types = Embedding(config.num_token_types, size, key=types_key)
+        self.norm = make_norm(config, size) if config.embedding_norm else None
+        self.projection = None
+        if size != config.d_model:
+            self.projection = Linear(size, config.d_model, use_bias=True, key=projection_key)
         self.dropout = eqx.nn.Dropout(config.dropout_rate)
-        self.scale = math.sqrt(config.d_model) if config.scale_embeddings else 1.0
+        self.scale = math.sqrt(size) if config.scale_embeddings else 1.0
+        self.position_offset = config.position_offset
         self.max_len = config.max_len
         self.pad_token_id = config.pad_token_id
+        self.uncounted_token_id = config.uncounted_token_id
 
     def __call__(
         self,
         tokens: Int[Array, " seq"],
         positions: Int[Array, " seq"] | None = None,
         *,
+        token_types: Int[Array, " seq"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "seq d_model"]:
         """The vectors of `tokens`, in the dtype of the weights.
@@ -51,22 +77,38 @@ class TokenEmbedding(eqx.Module):
         Arguments:
 
         - `tokens`: their ids.
-        - `positions`: absolute positions; `0, 1, 2, ...` if not given.
+        - `positions`: absolute positions; `0, 1, 2, ...` of those that count if not given.
+        - `token_types`: which type each is of; all of type 0 if not given.
         - `key`: for dropout; needed if there is any.
 
         Raises:
 
-        - `ValueError` if there are more than `max_len` tokens.
+        - `ValueError` if there are more than `max_len` tokens, or types where there are none.
         """
         self.check_length("seq", tokens.shape[0])
         x = self.embedding(tokens)
         if self.scale != 1:
             x = x * self.scale
+        if self.token_types is not None:
+            x = x + self.token_types(jnp.zeros_like(tokens) if token_types is None else token_types)
+        elif token_types is not None:
+            raise ValueError(
+                "TokenEmbedding: there are token_types, but no vectors for them; leave them out, "
+                "or set num_token_types in the configuration."
+            )
         if self.positions is not None:
-            if positions is None:
-                positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-            x = x + self.positions(positions, x.dtype)
-        return self.dropout(x, key=key)
+            at = self._count(tokens) if positions is None else positions
+            x = x + self.positions(at + self.position_offset, x.dtype)
+        if self.norm is not None:
+            x = self.norm(x)
+        x = self.dropout(x, key=key)
+        return x if self.projection is None else self.projection(x)
+
+    def _count(self, tokens: Int[Array, " seq"]) -> Int[Array, " seq"]:
+        if self.uncounted_token_id is None:
+            return jnp.arange(tokens.shape[0], dtype=jnp.int32)
+        counted = tokens != self.uncounted_token_id
+        return jnp.where(counted, jnp.cumsum(counted, dtype=jnp.int32) - 1, -1)
 
     def valid(self, tokens: Int[Array, " seq"]) -> Array | None:
         """Which tokens are not padding; `None` if no token is."""

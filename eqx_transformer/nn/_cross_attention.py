@@ -56,6 +56,7 @@ class CrossAttention(eqx.Module):
         score_mod: ScoreMod | None = None,
         scale: float | None = None,
         use_bias: bool = False,
+        k_bias: bool | None = None,
         dropout_rate: float = 0.0,
         attention_fn: Callable[..., Array] = dot_product_attention,
         dtype: DTypeLike | None = None,
@@ -67,7 +68,7 @@ class CrossAttention(eqx.Module):
         - `num_heads`: how many query heads.
         - `d_memory`: size of the vectors of the other sequence; `d_model` if not given.
         - `num_kv_heads`, `head_dim`, `qk_norm`, `norm_eps`, `score_mod`, `scale`, `use_bias`,
-            `dropout_rate`, `attention_fn`, `dtype`: see `Attention`.
+            `k_bias`, `dropout_rate`, `attention_fn`, `dtype`: see `Attention`.
         - `key`: for the initial weights.
 
         Raises:
@@ -79,10 +80,11 @@ class CrossAttention(eqx.Module):
         )
         check_rate("CrossAttention", dropout_rate)
         d_memory = d_model if d_memory is None else d_memory
+        k_bias = use_bias if k_bias is None else k_bias
         q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
         keys = jax.random.split(key, 4)
         self.q_proj = Linear(d_model, q_size, use_bias=use_bias, dtype=dtype, key=keys[0])
-        self.k_proj = Linear(d_memory, kv_size, use_bias=use_bias, dtype=dtype, key=keys[1])
+        self.k_proj = Linear(d_memory, kv_size, use_bias=k_bias, dtype=dtype, key=keys[1])
         self.v_proj = Linear(d_memory, kv_size, use_bias=use_bias, dtype=dtype, key=keys[2])
         self.o_proj = Linear(q_size, d_model, use_bias=use_bias, dtype=dtype, key=keys[3])
         self.q_norm = RMSNorm(head_dim, eps=norm_eps, dtype=dtype) if qk_norm else None

@@ -23,6 +23,7 @@ class SinusoidalPositions(eqx.Module):
 
     - `d_model`: size of the vectors, even.
     - `theta`: base of the wavelengths.
+    - `halves`: whether all sines come before all cosines, as in Marian, instead of in turns.
 
     Raises:
 
@@ -31,6 +32,7 @@ class SinusoidalPositions(eqx.Module):
 
     d_model: int = eqx.field(static=True)
     theta: float = eqx.field(static=True, default=10_000.0)
+    halves: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self) -> None:
         if self.d_model < 2 or self.d_model % 2:
@@ -50,14 +52,16 @@ class SinusoidalPositions(eqx.Module):
         half = self.d_model // 2
         frequency = np.exp(-math.log(self.theta) * np.arange(half) / half)
         angle = positions.astype(wide)[:, None] * jnp.asarray(frequency, wide)[None, :]
-        pairs = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+        axis = -2 if self.halves else -1
+        pairs = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=axis)
         return pairs.reshape(positions.shape[0], self.d_model).astype(dtype)
 
 
 class LearnedPositions(eqx.Module):
     """A learned vector for every position up to a longest one.
 
-    A position outside of the table gives a row of NaN, as in `Embedding`. (Gehring et al., 2017.)
+    A position behind the last one gives a row of NaN, as in `Embedding`; a negative one, which
+    padding on the left may have, gives zeros. (Gehring et al., 2017.)
     """
 
     table: Embedding
@@ -80,5 +84,6 @@ class LearnedPositions(eqx.Module):
         self, positions: Int[Array, " seq"], dtype: DTypeLike | None = None
     ) -> Float[Array, "seq d_model"]:
         """The vectors of `positions`, in `dtype` or that of the table."""
-        vectors = self.table(positions)
+        vectors = self.table(jnp.maximum(positions, 0))
+        vectors = jnp.where(positions[:, None] >= 0, vectors, 0)
         return vectors if dtype is None else vectors.astype(dtype)

@@ -8,7 +8,8 @@ from typing import get_args
 import pytest
 
 from eqx_transformer.attention import Implementation
-from eqx_transformer.models import AbstractConfig, LlamaConfig
+from eqx_transformer.models import AbstractConfig, LlamaConfig, MLAConfig, MoEConfig
+from eqx_transformer.nn import LongRoPEScaling, YaRNScaling
 
 
 def test_json_round_trip():
@@ -28,6 +29,105 @@ def test_json_round_trip():
     assert json.loads(config.to_json())["num_kv_heads"] == 2
     assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
     assert hash(config) == hash(copy.copy(config))
+
+
+NESTED = LlamaConfig(
+    vocab_size=11,
+    num_layers=7,
+    rope_interleaved=True,
+    rope_scaling=YaRNScaling(factor=4, original_max_len=64, truncate=False),
+    layer_types=("sliding", "global"),
+    window=3,
+    mla=MLAConfig(kv_rank=8, nope_head_dim=4, rope_head_dim=2, v_head_dim=4),
+    moe=MoEConfig(num_experts=4, dense_layers=(1, 3), route_scale=2),
+)
+LONG = LongRoPEScaling(short_factors=(1, 1.5), long_factors=(2, 3.5), factor=4, original_max_len=8)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [NESTED, LlamaConfig(vocab_size=11, d_model=32, rope_scaling=LONG)],
+    ids=["nested", "tuples of floats"],
+)
+def test_nested_round_trip(config):
+    for other in (LlamaConfig.from_json(config.to_json()), LlamaConfig.from_dict(config.to_dict())):
+        assert other == config and hash(other) == hash(config)
+        assert type(other.rope_scaling) is type(config.rope_scaling)
+        assert other.to_json() == config.to_json()
+    assert config.replace(max_len=4).rope_scaling == config.rope_scaling
+    assert config.replace(rope_scaling=None) != config
+
+
+def test_nested_errors():
+    fields = NESTED.to_dict()
+    assert fields["moe"]["kind"] == "MoEConfig" and fields["rope_scaling"]["kind"] == "YaRNScaling"
+    # Where only one class fits, it need not be named; unions must say which.
+    moe = {k: v for k, v in fields["moe"].items() if k != "kind"}
+    assert LlamaConfig.from_dict({**fields, "moe": moe}) == NESTED
+    for change, message in (
+        ({"rope_scaling": {"factor": 2.0}}, r"kind=None must be one of \['LinearScaling'"),
+        ({"rope_scaling": {"kind": "Scaling"}}, "kind='Scaling'"),
+        ({"rope_scaling": {"kind": "LinearScaling", "facter": 2}}, "did you mean 'factor'"),
+        ({"rope_scaling": {"kind": "LinearScaling"}}, "'factor' is missing"),
+        ({"rope_scaling": 2.0}, "LinearScaling or DynamicScaling or .* or None"),
+        ({"moe": {**moe, "num_expert": 3}}, "MoEConfig has no field 'num_expert'"),
+        ({"moe": {**moe, "dense_layers": [1.5]}}, r"dense_layers=\(1.5,\) .* a tuple of int"),
+        ({"layer_types": ["local"]}, "'global' or 'sliding' or a tuple of 'global' or 'sliding'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LlamaConfig.from_dict({**fields, **change})
+
+
+MOE = {"num_experts": 4}
+MLA = {"kv_rank": 8, "nope_head_dim": 4, "rope_head_dim": 2, "v_head_dim": 4}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MoEConfig(num_experts=0), "num_experts=0 must be at least 1"),
+        (lambda: MoEConfig(num_experts=1), "experts_per_token=2 is more than num_experts=1"),
+        (lambda: MoEConfig(**MOE, first_dense=-1), "first_dense=-1 must not be negative"),
+        (lambda: MoEConfig(**MOE, shared_gate=True), "needs num_shared_experts"),
+        (lambda: MoEConfig(**MOE, group_score="top2"), "no effect with num_groups=1"),
+        (lambda: MLAConfig(**{**MLA, "rope_head_dim": 3}), "rope_head_dim=3 must be even"),
+        (lambda: MLAConfig(**{**MLA, "v_head_dim": 0}), "v_head_dim=0"),
+    ],
+)
+def test_bad_parts(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layer_types": "sliding"}, "give their window"),
+        ({"layer_types": "global", "window": 3}, "window=3 has no effect"),
+        ({"layer_types": ("global",) * 7}, "names 7 layers but must name from 1 to num_layers=6"),
+        ({"layer_types": ()}, "names 0 layers"),
+        ({"rope_local_theta": 10.0}, "rope_local_theta=10.0 has no effect"),
+        ({"rotary_fraction": 1.5}, "rotary_fraction=1.5 must be more than 0 and at most 1"),
+        ({"rotary_fraction": 0.05}, "turns 3 features, which must be even"),
+        ({"moe": MoEConfig(**MOE, first_dense=6)}, "none of the num_layers=6 layers"),
+        ({"positions": "alibi", "rope_interleaved": True}, "positions is not 'rope'"),
+        ({"alibi_scale": 0.5}, "alibi_scale=0.5 has no effect.*positions is not 'alibi'"),
+        ({"d_ff": 8, "ffn_multiple_of": 8}, "ffn_multiple_of=8 has no effect.*d_ff is given"),
+        ({"tie_embeddings": True, "head_bias": True}, "head_bias=True has no effect"),
+        ({"qk_norm_over": "projection"}, "qk_norm=False"),
+        ({"activation": "relu", "mlp_clip": 7.0}, "'relu' has no gate"),
+        ({"norm": "layer", "norm_offset": 1.0}, "norm is not 'rms'"),
+        ({"norm_bias": True}, "norm is not 'layer'"),
+        ({"parallel_residual": "one_norm", "post_mlp_norm": True}, "are parallel"),
+        ({"mla": MLAConfig(**MLA), "sinks": True}, "sinks=True has no effect.*mla is given"),
+        ({"mla": MLAConfig(**MLA), "positions": "none"}, "must be 'rope' with mla"),
+        ({"embedding_dropout_rate": 1.0}, "embedding_dropout_rate=1.0"),
+        ({"query_scale": 0.0}, "query_scale=0.0 must be positive"),
+    ],
+)
+def test_fields_that_do_not_fit_together(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LlamaConfig(vocab_size=3, **fields)
 
 
 def test_replace():

@@ -22,6 +22,7 @@ from eqx_transformer.models import (
     TransformerEncoder,
     pool,
 )
+from eqx_transformer.stacks import Stack
 
 TINY = TransformerConfig(
     vocab_size=11,
@@ -87,14 +88,22 @@ ALL, ENCODERS, DECODERS, BOTH = (
 CHANGES = [
     ("vocab_size", 12, DECODERS),
     ("d_model", 16, ALL),
+    ("d_embedding", 6, ALL),
     ("num_layers", 3, ALL),
     ("num_decoder_layers", 1, BOTH),
+    ("num_decoder_heads", 4, BOTH),
+    ("decoder_d_ff", 20, BOTH),
     ("num_heads", 4, ALL),
     ("num_kv_heads", 1, ALL),
     ("head_dim", 6, ALL),
     ("d_ff", 20, ALL),
     ("pad_token_id", None, ALL),
     ("pad_token_id", 4, ENCODERS),
+    ("num_token_types", 2, ENCODERS),
+    ("embedding_norm", True, ALL),
+    ("head_bias", True, DECODERS),
+    ("scale_output", True, DECODERS),
+    ("pooler", True, ENCODERS),
     ("layout", "post", ALL),
     ("layout", "sandwich", ALL),
     ("layout", "parallel", ("encoder", "decoder")),
@@ -102,17 +111,26 @@ CHANGES = [
     ("norm", "dynamic_tanh", ALL),
     ("norm_eps", 0.5, ALL),
     ("final_norm", False, ALL),
+    ("first_norm", False, ALL),
+    ("positions", "sinusoidal_halves", ALL),
     ("positions", "learned", ALL),
     ("positions", "rope", ALL),
     ("positions", "alibi", ALL),
+    ("positions", "relative", ALL),
     ("positions", "none", ALL),
     ("activation", "gelu_tanh", ("encoder",)),
+    ("activation", "quick_gelu", ("encoder",)),
     ("activation", "relu", ALL),
     ("activation", "relu_squared", ("encoder",)),
     ("activation", "silu", ("encoder",)),
     ("activation", "swiglu", ("encoder",)),
     ("activation", "geglu", ALL),
+    ("activation", "geglu_tanh", ("encoder",)),
+    ("activation", "quick_geglu", ("encoder",)),
+    ("activation", "reglu", ("encoder",)),
     ("use_bias", False, ALL),
+    ("k_bias", False, ALL),
+    ("query_scale", 1.0, ALL),
     ("window", 2, ALL),
     ("qk_norm", True, ALL),
     ("gate", "output", ALL),
@@ -134,6 +152,12 @@ ELSEWHERE = {
     "dropout_rate": "test_dropout",
     "drop_path_rate": "test_drop_path",
     "rope_theta": "test_rope_theta",
+    "rope_local_theta": "test_layers_of_two_types",
+    "layer_types": "test_layers_of_two_types",
+    "position_offset": "test_offset_and_uncounted_positions",
+    "uncounted_token_id": "test_offset_and_uncounted_positions",
+    "relative_buckets": "test_relative_bias",
+    "relative_max_distance": "test_relative_bias",
     "experts_per_token": "test_experts",
     "expert_capacity_factor": "test_experts",
     "linear_chunk_size": "test_linear_attention",
@@ -244,6 +268,54 @@ def test_rope_theta():
         assert not jnp.allclose(changed, run(kind, rope), atol=1e-4)
 
 
+def test_layers_of_two_types():
+    """Global and sliding layers in turns, each with its own wavelengths."""
+    config = TINY.replace(
+        positions="rope", num_layers=4, window=2, layer_types=("global", "sliding")
+    )
+    encoder = build("encoder", config)
+    assert isinstance(encoder.stack, Stack) and len(encoder.stack.blocks.blocks) == 2
+    masks = [block.attention.mask for block in encoder.stack.blocks.blocks]
+    assert masks == [None, SlidingWindow(1, 1)]
+    sliding = run("encoder", config.replace(layer_types="sliding"))
+    close(sliding, run("encoder", config.replace(layer_types=None)))
+    assert not jnp.allclose(run("encoder", config), sliding, atol=1e-4)
+    everywhere = config.replace(window=None, layer_types="global")
+    close(run("encoder", everywhere), run("encoder", config.replace(window=None, layer_types=None)))
+    local = config.replace(rope_local_theta=3.0)
+    thetas = [b.attention.rope.theta for b in build("encoder", local).stack.blocks.blocks]
+    assert thetas == [10_000.0, 3.0]
+    for kind in ("decoder", "both"):
+        got = _chunked_decoding(build(kind, local), kind, [3], 12, 2)
+        close(got, run(kind, local), 2e-5)
+
+
+def test_offset_and_uncounted_positions():
+    learned = TINY.replace(positions="learned", pad_token_id=None)
+    shifted = learned.replace(position_offset=2)
+    plain, moved = build("encoder", learned), build("encoder", shifted)
+    assert moved.embedding.positions.table.weight.shape == (26, 8)
+    rows = moved.embedding.positions.table.weight[2:]
+    plain = eqx.tree_at(lambda m: m.embedding.positions.table.weight, plain, rows)
+    close(plain(SOURCE), moved(SOURCE))
+    # Zeros take no position, wherever they are, and are at the row before the first.
+    skipping = build("encoder", shifted.replace(uncounted_token_id=0))
+    tokens = jnp.asarray([0, 3, 0, 9, 1, 0])
+    close(skipping(tokens), moved(tokens, positions=jnp.asarray([-1, 0, -1, 1, 2, -1])))
+
+
+def test_relative_bias():
+    config = TINY.replace(positions="relative", relative_buckets=8, relative_max_distance=7)
+    for kind in ("encoder", "decoder", "both"):
+        changed = run(kind, config.replace(relative_max_distance=24))
+        wider = build(kind, config.replace(relative_buckets=10))
+        assert shapes(wider) != shapes(build(kind, config))
+        # The tables are small to begin with.
+        assert not jnp.allclose(changed, run(kind, config), atol=1e-6)
+    both = build("both", config)
+    assert both.encoder.score_mod.bidirectional and not both.decoder.score_mod.bidirectional
+
+
 def test_experts():
     config = TINY.replace(num_experts=4)
     assert not jnp.allclose(
@@ -351,7 +423,7 @@ def test_heads():
 
 # --- The cache is the forward ---------------------------------------------------------------------
 
-POSITIONS = ["sinusoidal", "learned", "rope", "alibi", "none"]
+POSITIONS = ["sinusoidal", "learned", "rope", "alibi", "relative", "none"]
 
 
 @eqx.filter_jit
@@ -521,6 +593,13 @@ WRONG = {
     "activation": ("tanh", "'relu'"),
     "layer_scale": (-1.0, "layer_scale=-1.0"),
     "norm_eps": (0.0, "norm_eps=0.0"),
+    "d_embedding": (0, "d_embedding=0"),
+    "num_decoder_heads": (3, "d_model=8 is not a multiple of num_decoder_heads=3"),
+    "uncounted_token_id": (3, "position_offset=0 must be at least 1"),
+    "position_offset": (2, "positions='sinusoidal' does not have"),
+    "rope_local_theta": (7.0, "no meaning for positions='sinusoidal'"),
+    "layer_types": ("sliding", "window=None and layer_types='sliding' do not fit"),
+    "first_norm": (False, "layout='post' does not have"),
 }
 
 
@@ -528,6 +607,7 @@ WRONG = {
 def test_wrong_values_are_refused(field):
     value, message = WRONG[field]
     extra = {"num_experts": 4} if field == "experts_per_token" else {}
+    extra = {"layout": "post"} if field == "first_norm" else extra
     with pytest.raises(ValueError, match=message):
         TINY.replace(**{field: value}, **extra)
 
@@ -555,5 +635,19 @@ def test_wrong_calls_say_what_to_do():
     odd = {"positions": "rope", "head_dim": 3}
     with pytest.raises(ValueError, match="head_dim=3 must be even"):
         TINY.replace(**odd)
+    for name, value in (("num_token_types", 2), ("pooler", True)):
+        for kind in ("decoder", "both"):
+            with pytest.raises(ValueError, match=f"{name}={value} has no meaning here"):
+                build(kind, TINY.replace(**{name: value}))
+    with pytest.raises(ValueError, match=r"positions='relative' needs layers .* all alike"):
+        TINY.replace(positions="relative", first_norm=False)
+    with pytest.raises(ValueError, match=r"drop_path_rate=0\.1 needs layers .* all alike"):
+        TINY.replace(drop_path_rate=0.1, window=2, layer_types=("global", "sliding"))
+    with pytest.raises(ValueError, match="d_embedding=4 and d_model=8 differ"):
+        build("decoder", TINY.replace(d_embedding=4, tie_embeddings=True))
+    with pytest.raises(ValueError, match="no vectors for them"):
+        encoder(SOURCE, token_types=SOURCE)
+    with pytest.raises(ValueError, match="there is no pooler"):
+        encoder.pool(jnp.ones((3, 8)))
     with pytest.raises(ValueError, match="d_model=9 must be even"):
         TINY.replace(d_model=9, num_heads=3)

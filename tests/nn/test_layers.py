@@ -153,6 +153,33 @@ def test_learnable_activation(getkey):
     assert grad.activation.scale != 0
 
 
+def test_offset_of_a_norm(x64):
+    norm, plain = RMSNorm(6, offset=1), RMSNorm(6)
+    assert (norm.weight == 0).all() and norm.offset == 1
+    x, weight = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 6)))
+    weight = weight[0]
+    norm = eqx.tree_at(lambda m: m.weight, norm, weight)
+    plain = eqx.tree_at(lambda m: m.weight, plain, 1 + weight)
+    np.testing.assert_allclose(norm(x), plain(x), rtol=1e-12)
+    # The sum is made in float32: 1 + 2 ** -9 is 1 in bfloat16.
+    tiny = eqx.tree_at(lambda m: m.weight, norm, jnp.full(6, 2**-9, jnp.bfloat16))
+    ratio = tiny(x.astype("f4")) / RMSNorm(6, dtype="bfloat16")(x.astype("f4"))
+    np.testing.assert_allclose(ratio, 1 + 2**-9, rtol=1e-6)
+
+
+def test_clipped_gate(getkey):
+    options = {"activation": jnp.tanh, "use_bias": True, "key": getkey()}
+    mlp, plain = GatedMLP(4, 6, clip=0.5, up_offset=1, **options), GatedMLP(4, 6, **options)
+    x = 3 * jr.normal(getkey(), (5, 4))
+    gate, up = (np.asarray(m(x)) for m in (mlp.gate_proj, mlp.up_proj))
+    assert gate.max() > 0.5 and gate.min() < -0.5 and up.min() < -0.5 and up.max() > 0.5
+    hidden = np.tanh(np.minimum(gate, 0.5)) * (1 + np.clip(up, -0.5, 0.5))
+    np.testing.assert_allclose(mlp(x), mlp.down_proj(jnp.asarray(hidden)), rtol=1e-4, atol=1e-5)
+    assert (mlp(x) != plain(x)).any()
+    with pytest.raises(ValueError, match="clip=0 must be positive"):
+        GatedMLP(4, 6, clip=0, key=getkey())
+
+
 @pytest.mark.parametrize("mlp", [MLP, GatedMLP])
 def test_batch_is_an_error(getkey, mlp):
     layer = mlp(4, 6, key=getkey())

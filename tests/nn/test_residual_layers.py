@@ -83,6 +83,7 @@ def test_learned_positions(getkey):
     positions = jnp.asarray([4, 0, 2])
     np.testing.assert_allclose(layer(positions), layer.table.weight[positions])
     assert jnp.isnan(layer(jnp.asarray([5]))).all()
+    np.testing.assert_array_equal(layer(jnp.asarray([-1, -7])), 0)
     assert layer(positions, jnp.bfloat16).dtype == jnp.bfloat16
     with pytest.raises(ValueError, match="max_len=0"):
         LearnedPositions(0, 4, key=getkey())
