@@ -79,6 +79,21 @@ def test_a_head_that_is_not_known_is_refused(tmp_path):
         load_pretrained(target)
 
 
+def test_a_backbone_without_a_norm(tmp_path):
+    target = lay_out(PARITY / "beit", tmp_path / "model")
+    tensors = load_file(target / "model.safetensors")
+    tensors = {name: x for name, x in tensors.items() if not name.startswith("pooler.")}
+    save_file(tensors, target / "model.safetensors")
+    fields = read("beit") | {"architectures": ["BeitBackbone"]}
+    (target / "config.json").write_text(json.dumps(fields))
+    model = load_pretrained(target)
+    assert model.norm is None and eqx.tree_equal(
+        model.stack, load_pretrained(PARITY / "beit").stack
+    )
+    save_pretrained(model, tmp_path / "again")
+    assert eqx.tree_equal(load_pretrained(tmp_path / "again"), model)
+
+
 def test_towers_that_say_little_are_those_of_the_first_release():
     towers = {"text_config": {"model_type": "x"}, "vision_config": {"model_type": "x"}}
     siglip = FAMILIES["siglip"].read(Fields(towers, "config.json"))

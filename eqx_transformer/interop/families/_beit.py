@@ -94,6 +94,17 @@ _CLASSIFIER = Family(
     names=lambda config: with_prefix("beit.", _names(config)) | {"classifier": "head"},
     ignored=_IGNORED,
 )
+_BACKBONE = Family(
+    model_type="beit",
+    architecture="BeitBackbone",
+    model=VisionTransformer,
+    # Others go on from the states between its layers, which have no norm.
+    read=lambda fields: _read(fields).replace(final_norm="none"),
+    write=_write,
+    differences=differences,
+    names=_names,
+    ignored=_IGNORED,
+)
 BEIT = Family(
     model_type="beit",
     architecture="BeitModel",
@@ -104,5 +115,5 @@ BEIT = Family(
     names=_names,
     renamed=((r"^beit\.", ""),),
     ignored=_IGNORED,
-    heads=(_CLASSIFIER,),
+    heads=(_CLASSIFIER, _BACKBONE),
 )
