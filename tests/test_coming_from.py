@@ -8,9 +8,16 @@ import jax
 import jax.random as jr
 import pytest
 
+import eqx_transformer
 from eqx_transformer import nn
 from eqx_transformer.attention import ALiBi, dot_product_attention
-from eqx_transformer.models import TransformerConfig, TransformerDecoder, TransformerEncoder
+from eqx_transformer.models import (
+    TransformerConfig,
+    TransformerDecoder,
+    TransformerEncoder,
+    VisionTransformer,
+    ViTConfig,
+)
 from eqx_transformer.stacks import decoder_block, encoder_block
 
 PAGE = (Path(__file__).parent.parent / "docs" / "coming_from.md").read_text()
@@ -38,6 +45,28 @@ ATTNAX_CONFIG = {
     "num_kv_heads": {"num_kv_heads": 1},
     "attention_window": {"window": 3},
     "kv_cache_max_len": {"cache_max_len": 4},
+}
+
+TINY_VISION = {"image_size": 8, "patch_size": 4, "d_model": 8, "num_heads": 2, "num_layers": 1}
+ATTNAX_VISION = {
+    "image_size": {"image_size": 12},
+    "patch_size": {"patch_size": 2},
+    "num_channels": {"num_channels": 1},
+    "num_classes": {"num_classes": 3},
+    "use_cls_token": {"class_token": False, "pooling": "mean"},
+    "pool": {"pooling": "mean"},
+    "d_model": {"d_model": 16},
+    "num_heads": {"num_heads": 4},
+    "num_layers": {"num_layers": 2},
+    "d_ff": {"d_ff": 12},
+    "dropout_rate": {"dropout_rate": 0.3},
+    "use_pre_norm": {"layout": "post"},
+    "ff_activation": {"activation": "swiglu"},
+    "norm_type": {"norm": "rms"},
+    "attention_type": {"attention_implementation": "chunked"},
+    "attention_block_size": {"attention_block_size": 4},
+    "num_kv_heads": {"num_kv_heads": 1},
+    "attention_window": {"window": 2},
 }
 
 ATTNAX_BLOCK = {
@@ -87,6 +116,19 @@ def test_attnax_config_is_complete():
     assert rows("TransformerConfig").keys() == ATTNAX_CONFIG.keys() | {"TransformerConfig"}
 
 
+@pytest.mark.parametrize("field", ATTNAX_VISION)
+def test_attnax_vision(field):
+    ours = ATTNAX_VISION[field]
+    row = rows("VisionTransformerConfig")[field]
+    assert any(name in row for name in ours), f"{field} -> {row} does not name {list(ours)}"
+    eqx.filter_eval_shape(VisionTransformer, ViTConfig(**TINY_VISION | ours), key=jr.key(0))
+
+
+def test_attnax_vision_is_complete():
+    known = ATTNAX_VISION.keys() | {"VisionTransformerConfig", "linear_attention_chunk_size"}
+    assert rows("VisionTransformerConfig").keys() == known
+
+
 @pytest.mark.parametrize("field", ATTNAX_BLOCK)
 def test_attnax_blocks(field):
     ours = {"key": jr.key(0)} | ATTNAX_BLOCK[field]
@@ -98,3 +140,72 @@ def test_attnax_blocks(field):
 
 def test_attnax_blocks_are_complete():
     assert rows("EncoderBlock, DecoderBlock").keys() == ATTNAX_BLOCK.keys()
+
+
+# What noether's configurations say, and how it is said here.
+NOETHER_ATTENTION = {
+    "hidden_dim": {"d_model": 16},
+    "num_heads": {"num_heads": 4},
+    "head_dim": {"head_dim": 6},
+    "use_rope": {"rope": nn.AxialRoPE(2)},
+    "qk_norm": {"qk_norm": True},
+    "bias": {"use_bias": True},
+    "dropout": {"dropout_rate": 0.5},
+}
+INITIALIZERS = jax.nn.initializers
+NOETHER_INIT = {
+    "truncnormal002": INITIALIZERS.truncated_normal(0.02, lower=-100, upper=100),
+    "torch": INITIALIZERS.variance_scaling(1 / 3, "fan_in", "uniform"),
+    "xavier_uniform": INITIALIZERS.glorot_uniform(),
+    "zeros": INITIALIZERS.zeros,
+}
+
+
+@pytest.mark.parametrize("field", NOETHER_ATTENTION)
+def test_noether_attention(field):
+    ours = NOETHER_ATTENTION[field]
+    assert any(name in rows("AttentionConfig")[field] for name in ours)
+    patterns = (nn.AttentionPattern(("a",), ("a",)),)
+    layers = {
+        nn.Attention: {"d_model": 8, "num_heads": 2},
+        nn.MixedAttention: {"d_model": 8, "num_heads": 2, "patterns": patterns},
+    }
+    for layer, tiny in layers.items():
+        made, plain = (
+            eqx.filter_eval_shape(lambda key, x=x, f=layer: f(**x, key=key), jr.key(0))
+            for x in (tiny | ours, tiny)
+        )
+        assert jax.tree.flatten(made) != jax.tree.flatten(plain)
+
+
+@pytest.mark.parametrize("mode", NOETHER_INIT)
+def test_noether_init(mode):
+    row = rows("InitWeightsMode")[mode]
+    made = eval(row.strip("`"), dict(vars(INITIALIZERS)))
+    shape = (8, 8)
+    a, b = (init(jr.key(0), shape, float) for init in (made, NOETHER_INIT[mode]))
+    assert (a == b).all()
+    layer = nn.reinitialized(nn.Linear(8, 8, key=jr.key(1)), made, key=jr.key(0))
+    assert layer.weight.shape == shape
+
+
+def test_noether_is_complete():
+    assert rows("AttentionConfig").keys() == NOETHER_ATTENTION.keys() | {"init_weights"}
+    assert rows("InitWeightsMode").keys() == NOETHER_INIT.keys()
+
+
+def test_noether_tokens():
+    spec = nn.TokenSpec.from_dict({"surface": 3})
+    assert spec.to_dict() == {"surface": 3} and nn.TokenSpec("anything", None).size is None
+    pattern = nn.AttentionPattern(query_tokens=["surface"], key_value_tokens=["surface"])
+    ours = {"TokenSpec": spec, "AttentionPattern": pattern}
+    for field, row in rows("TokenSpec, AttentionPattern").items():
+        assert row.strip("`") == field
+        owner, _, attribute = field.partition(".")
+        assert not attribute or hasattr(ours[owner], attribute)
+
+
+def test_noether_names_exist():
+    for row in rows("Modules and models").values():
+        for module, name in re.findall(r"`(\w+)\.(\w+)`", row):
+            assert hasattr(getattr(eqx_transformer, module), name), f"{module}.{name}"

@@ -13,6 +13,8 @@ from ._api import attention_and_lse as attention_and_lse
 from ._api import attention_weights as attention_weights
 from ._api import dot_product_attention as dot_product_attention
 from ._api import explain_attention as explain_attention
+from ._grid import GridBias as GridBias
+from ._grid import GridWindow as GridWindow
 from ._linear import FeatureMap as FeatureMap
 from ._linear import RandomFeatures as RandomFeatures
 from ._linear import elu_plus_one as elu_plus_one
@@ -33,6 +35,7 @@ from ._masks import Segments as Segments
 from ._masks import SlidingWindow as SlidingWindow
 from ._masks import Strided as Strided
 from ._masks import TokenGroups as TokenGroups
+from ._masks import lookback as lookback
 from ._paged import PagedKV as PagedKV
 from ._paged import PagedKVCache as PagedKVCache
 from ._paged import paged_attention as paged_attention

@@ -1,0 +1,143 @@
+import dataclasses
+import functools
+from typing import Literal
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .._unbatched import unbatched
+from ..attention import AbstractMask
+from ..nn import LayerNorm, Linear, SliceAttention
+from ..stacks import Stack, TransformerBlock
+from ._checks import check_heads, check_positive, check_rates, check_sizes
+from ._config import AbstractConfig
+from ._physics_parts import pre_norm_block
+from ._vocabulary import REMAT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransolverConfig(AbstractConfig):
+    """The numbers that make a `Transolver`.
+
+    Arguments:
+
+    - `num_features`: how many numbers are known at a point, its coordinates among them.
+    - `out_features`: how many are wanted.
+    - `d_model`: size of the vectors between layers.
+    - `num_layers`: how many blocks.
+    - `num_heads`: how many heads.
+    - `num_slices`: how many slices each has.
+    - `d_ff`: size inside the MLPs; `None` for `4 * d_model`.
+    - `adaptive_temperature`, `gumbel`, `separate_values`: see `SliceAttention`. Transolver++ has
+        the first two and not the third.
+    - `norm_eps`: added to the variance in norms.
+    - `dropout_rate`: the probability with which an element of a residual branch, or an attention
+        weight, is dropped.
+    - `remat`, `unroll`: see `DiTConfig`.
+    """
+
+    num_features: int
+    out_features: int
+    d_model: int = 256
+    num_layers: int = 8
+    num_heads: int = 8
+    num_slices: int = 32
+    d_ff: int | None = None
+    adaptive_temperature: bool = False
+    gumbel: bool = False
+    separate_values: bool = True
+    norm_eps: float = 1e-5
+    dropout_rate: float = 0.0
+    remat: Literal["none", "full", "dots"] = "none"
+    unroll: int = 1
+
+    def check(self) -> None:
+        """Checks the values of the fields; see `AbstractConfig`."""
+        check_sizes(
+            self,
+            *("num_features", "out_features", "d_model", "num_layers", "num_heads", "num_slices"),
+            *("d_ff", "unroll"),
+        )
+        check_positive(self, "norm_eps")
+        check_rates(self, "dropout_rate")
+        check_heads(self, None, None)
+
+
+class Transolver(eqx.Module):
+    """A transformer of points, whose attention is through slices: linear in the number of points.
+
+    The order of points means nothing. (Wu et al., Transolver: A Fast Transformer Solver for PDEs on
+    General Geometries, 2024; Luo et al., Transolver++, 2025.)
+    """
+
+    config: TransolverConfig = eqx.field(static=True)
+    up_proj: Linear
+    down_proj: Linear
+    stack: Stack
+    norm: LayerNorm
+    head: Linear
+
+    def __init__(self, config: TransolverConfig, *, key: PRNGKeyArray):
+        """Arguments:
+
+        - `config`: the numbers.
+        - `key`: for the initial weights.
+        """
+        keys = jax.random.split(key, 4)
+        size = config.d_model
+        self.config = config
+        self.up_proj = Linear(config.num_features, 2 * size, use_bias=True, key=keys[0])
+        self.down_proj = Linear(2 * size, size, use_bias=True, key=keys[1])
+        self.stack = Stack(
+            functools.partial(_make_block, config),
+            config.num_layers,
+            remat=REMAT[config.remat],
+            unroll=min(config.unroll, config.num_layers),
+            key=keys[2],
+        )
+        self.norm = LayerNorm(size, eps=config.norm_eps)
+        self.head = Linear(size, config.out_features, use_bias=True, key=keys[3])
+
+    @jax.named_scope("eqx_transformer.models.Transolver")
+    @unbatched(features="points num_features")
+    def __call__(
+        self,
+        features: Float[Array, "points num_features"],
+        *,
+        mask: AbstractMask | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "points out_features"]:
+        """The output at every point.
+
+        Arguments:
+
+        - `features`: what is known there: coordinates, and whatever else.
+        - `mask`: `Padding(valid)` where some points are padding; the output there is meaningless.
+        - `key`: for dropout and Gumbel noise; needed if there is any, unless switched off by
+            `eqx.nn.inference_mode`.
+        """
+        x = self.down_proj(jax.nn.gelu(self.up_proj(features)))
+        return self.head(self.norm(self.stack(x, mask=mask, key=key)))
+
+
+def _make_block(config: TransolverConfig, *, key: PRNGKeyArray) -> TransformerBlock:
+    attention_key, mlp_key = jax.random.split(key)
+    attention = SliceAttention(
+        config.d_model,
+        config.num_heads,
+        config.num_slices,
+        adaptive_temperature=config.adaptive_temperature,
+        gumbel=config.gumbel,
+        separate_values=config.separate_values,
+        dropout_rate=config.dropout_rate,
+        key=attention_key,
+    )
+    return pre_norm_block(
+        attention,
+        config.d_model,
+        config.d_ff,
+        norm_eps=config.norm_eps,
+        dropout_rate=config.dropout_rate,
+        key=mlp_key,
+    )

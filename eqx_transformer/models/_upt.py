@@ -1,0 +1,207 @@
+import dataclasses
+import functools
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from .._unbatched import unbatched
+from ..attention import AbstractMask, Padding
+from ..nn import Attention, LayerNorm, Linear, SinusoidalCoordinates, SupernodePooling
+from ..stacks import Source, Stack, TransformerBlock
+from ._checks import check_heads, check_positive, check_rates, check_sizes
+from ._config import AbstractConfig
+from ._physics_parts import perceiver_block, pre_norm_block
+from ._vocabulary import REMAT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UPTConfig(AbstractConfig):
+    """The numbers that make a `UPT`.
+
+    Arguments:
+
+    - `num_dims`: how many coordinates a point has.
+    - `out_features`: how many numbers are wanted at a point.
+    - `num_features`: how many are known at an input point besides its coordinates; may be 0.
+    - `d_model`: size of the vectors between layers.
+    - `num_layers`, `num_decoder_layers`: how many blocks the supernodes go through, and how many
+        the queries.
+    - `num_heads`: how many heads.
+    - `d_ff`: size inside the MLPs; `None` for `4 * d_model`.
+    - `num_neighbours`, `radius`: which points a supernode gathers; see `SupernodePooling`.
+    - `wavelength_base`: of the vectors of coordinates; see `SinusoidalCoordinates`. Their shortest
+        wavelength is `2 pi`, so scale coordinates to some hundreds.
+    - `norm_eps`: added to the variance in norms.
+    - `dropout_rate`: the probability with which an element of a residual branch, or an attention
+        weight, is dropped.
+    - `remat`, `unroll`: see `DiTConfig`.
+    """
+
+    num_dims: int
+    out_features: int
+    num_features: int = 0
+    d_model: int = 192
+    num_layers: int = 12
+    num_decoder_layers: int = 1
+    num_heads: int = 3
+    d_ff: int | None = None
+    num_neighbours: int = 32
+    radius: float | None = None
+    wavelength_base: float = 10_000.0
+    norm_eps: float = 1e-6
+    dropout_rate: float = 0.0
+    remat: Literal["none", "full", "dots"] = "none"
+    unroll: int = 1
+
+    def check(self) -> None:
+        """Checks the values of the fields; see `AbstractConfig`."""
+        check_sizes(
+            self,
+            *("num_dims", "out_features", "d_model", "num_layers", "num_decoder_layers"),
+            *("num_heads", "d_ff", "num_neighbours", "unroll"),
+        )
+        if self.num_features < 0:
+            raise ValueError(f"UPTConfig: num_features={self.num_features} must not be negative.")
+        check_positive(self, "radius", "wavelength_base", "norm_eps")
+        check_rates(self, "dropout_rate")
+        check_heads(self, None, None)
+
+
+class UPT(eqx.Module):
+    """A universal physics transformer: from a field at some points to one at any others.
+
+    Points are pooled into supernodes, these go through a transformer, and what they become is read
+    at places of choice, each on its own: `decode` in as many chunks as one likes. The order of
+    points and of supernodes means nothing. (Alkin et al., Universal Physics Transformers, 2024.)
+    """
+
+    config: UPTConfig = eqx.field(static=True)
+    pooling: SupernodePooling
+    encoder: Stack
+    norm: LayerNorm
+    embedding: SinusoidalCoordinates
+    query_proj: Linear
+    decoder: Stack
+    head_norm: LayerNorm
+    head: Linear
+
+    def __init__(self, config: UPTConfig, *, key: PRNGKeyArray):
+        """Arguments:
+
+        - `config`: the numbers.
+        - `key`: for the initial weights.
+        """
+        keys = jax.random.split(key, 5)
+        size, remat = config.d_model, REMAT[config.remat]
+        self.config = config
+        self.pooling = SupernodePooling(
+            config.num_dims,
+            size,
+            num_features=config.num_features,
+            num_neighbours=config.num_neighbours,
+            radius=config.radius,
+            theta=config.wavelength_base,
+            key=keys[0],
+        )
+        self.encoder = Stack(
+            functools.partial(_make_block, config),
+            config.num_layers,
+            remat=remat,
+            unroll=min(config.unroll, config.num_layers),
+            key=keys[1],
+        )
+        self.norm = LayerNorm(size, eps=config.norm_eps)
+        self.embedding = SinusoidalCoordinates(config.num_dims, size, config.wavelength_base)
+        self.query_proj = Linear(size, size, use_bias=True, key=keys[2])
+        self.decoder = Stack(
+            functools.partial(
+                perceiver_block,
+                size,
+                config.num_heads,
+                config.d_ff,
+                norm_eps=config.norm_eps,
+                dropout_rate=config.dropout_rate,
+            ),
+            config.num_decoder_layers,
+            remat=remat,
+            unroll=min(config.unroll, config.num_decoder_layers),
+            key=keys[3],
+        )
+        self.head_norm = LayerNorm(size, eps=config.norm_eps)
+        self.head = Linear(size, config.out_features, use_bias=True, key=keys[4])
+
+    @jax.named_scope("eqx_transformer.models.UPT")
+    @unbatched(coordinates="points dims", queries="queries dims")
+    def __call__(
+        self,
+        coordinates: Float[Array, "points dims"],
+        supernodes: Int[Array, " supernodes"],
+        queries: Float[Array, "queries dims"],
+        features: Float[Array, "points features"] | None = None,
+        *,
+        mask: AbstractMask | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "queries out_features"]:
+        """`decode` at `queries` of `encode`."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        source = self.encode(coordinates, supernodes, features, mask=mask, key=keys[0])
+        return self.decode(source, queries, key=keys[1])
+
+    @unbatched(coordinates="points dims")
+    def encode(
+        self,
+        coordinates: Float[Array, "points dims"],
+        supernodes: Int[Array, " supernodes"],
+        features: Float[Array, "points features"] | None = None,
+        *,
+        mask: AbstractMask | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Source:
+        """What is known of the input: a vector for every supernode.
+
+        Arguments:
+
+        - `coordinates`, `features`: where the points are, and what is known there besides.
+        - `supernodes`: which of them are supernodes.
+        - `mask`: `Padding(valid)` where some points are padding; supernodes may be among them.
+        - `key`: for dropout; needed if there is any, unless switched off by
+            `eqx.nn.inference_mode`.
+        """
+        x = self.pooling(coordinates, supernodes, features, mask=mask)
+        padding = Padding(mask.valid[supernodes]) if isinstance(mask, Padding) else None
+        return Source(self.norm(self.encoder(x, mask=padding, key=key)), padding)
+
+    @unbatched(queries="queries dims")
+    def decode(
+        self,
+        source: Source,
+        queries: Float[Array, "queries dims"],
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "queries out_features"]:
+        """The output at places of choice, which have nothing to do with each other."""
+        dtype = jnp.result_type(source.memory)
+        x = self.query_proj(self.embedding(queries, dtype))
+        return self.head(self.head_norm(self.decoder(x, context=source, key=key)))
+
+
+def _make_block(config: UPTConfig, *, key: PRNGKeyArray) -> TransformerBlock:
+    attention_key, mlp_key = jax.random.split(key)
+    attention = Attention(
+        config.d_model,
+        config.num_heads,
+        use_bias=True,
+        dropout_rate=config.dropout_rate,
+        key=attention_key,
+    )
+    return pre_norm_block(
+        attention,
+        config.d_model,
+        config.d_ff,
+        norm_eps=config.norm_eps,
+        dropout_rate=config.dropout_rate,
+        key=mlp_key,
+    )
