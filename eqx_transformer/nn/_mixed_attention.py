@@ -19,7 +19,7 @@ from ._padding import padding_flags
 from ._token_groups import AttentionPattern, TokenSpec, check_patterns, check_tokens
 
 FEW_SCORES: Final = 2**12
-"""Up to so many scores (`q_seq * kv_seq`) one call with a mask was no slower on CPU than several."""
+"""Up to so many scores (`q_seq * kv_seq`) one call with a mask is no slower on CPU than several."""
 
 
 class GroupMemory(eqx.Module):
