@@ -6,12 +6,15 @@ from pathlib import Path
 import equinox as eqx
 import jax
 import jax.random as jr
+import numpy as np
 import pytest
 
 import eqx_transformer
 from eqx_transformer import nn
 from eqx_transformer.attention import ALiBi, dot_product_attention
 from eqx_transformer.models import (
+    Llama,
+    LlamaConfig,
     TransformerConfig,
     TransformerDecoder,
     TransformerEncoder,
@@ -140,6 +143,81 @@ def test_attnax_blocks(field):
 
 def test_attnax_blocks_are_complete():
     assert rows("EncoderBlock, DecoderBlock").keys() == ATTNAX_BLOCK.keys()
+
+
+TINY_LLAMA = {"vocab_size": 7, "d_model": 8, "num_heads": 2, "num_layers": 2, "max_len": 8}
+PENZAI = {
+    "num_kv_heads": {"num_kv_heads": 1},
+    "query_head_multiplier": {"num_kv_heads": 2, "num_heads": 4},
+    "embedding_dim": {"d_model": 16},
+    "projection_dim": {"head_dim": 6},
+    "mlp_hidden_dim": {"d_ff": 12},
+    "num_decoder_blocks": {"num_layers": 3},
+    "vocab_size": {"vocab_size": 9},
+    "mlp_variant": {"activation": "geglu_tanh"},
+    "tie_embedder_and_logits": {"tie_embeddings": True, "embedding_scale": 8**0.5},
+    "rope_wavelength": {"rope_theta": 100.0},
+    "rms_norm_eps": {"norm_eps": 1e-6},
+    "attention_type": {"layer_types": ("sliding", "global"), "window": 3},
+    "use_post_attn_norm": {"post_attention_norm": True},
+    "use_post_ffw_norm": {"post_mlp_norm": True},
+    "final_logit_softcap": {"logit_soft_cap": 30.0},
+    "attn_logits_soft_cap": {"attention_soft_cap": 50.0},
+    "query_scaling_factor": {"query_scale": 0.2},
+    "parameter_dtype": {"param_dtype": "bfloat16"},
+    "activation_dtype": {"dtype": "bfloat16"},
+    "use_layer_stack": {"unroll": 2},
+    "use_qk_norm": {"qk_norm": True},
+    "global_scale_factor": {"rope_scaling": nn.LinearScaling(factor=8.0)},
+    "local_rope_wavelength": {"rope_local_theta": 50.0, "layer_types": "sliding", "window": 3},
+}
+XLSTM_JAX = {
+    "vocab_size": {"vocab_size": 9},
+    "embedding_dim": {"d_model": 16},
+    "num_blocks": {"num_layers": 3},
+    "head_dim": {"head_dim": 2, "num_heads": 4},
+    "qk_norm": {"qk_norm": True},
+    "causal": {"causal": False},
+    "theta": {"rope_theta": 100.0},
+    "ffn_multiple_of": {"ffn_multiple_of": 5},
+    "ffn_dim_multiplier": {"ffn_dim_multiplier": 4.0},
+    "use_bias": {"use_bias": True},
+    "scan_blocks": {"unroll": 2},
+    "attention_backend": {"attention_implementation": "chunked"},
+    "mask_across_document_boundaries": {"document_start_id": 1},
+    "dtype": {"dtype": "bfloat16"},
+    "dropout_rate": {"dropout_rate": 0.3},
+    "add_embedding_dropout": {"embedding_dropout_rate": 0.3},
+    "logits_soft_cap": {"logit_soft_cap": 30.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("heading", "field", "ours"),
+    [("LlamalikeTransformerConfig", *item) for item in PENZAI.items()]
+    + [("LlamaConfig", *item) for item in XLSTM_JAX.items()],
+)
+def test_llama_configs(heading, field, ours):
+    row = rows(heading)[field]
+    assert any(name in row for name in ours), f"{field} -> {row} does not name {list(ours)}"
+    programs = []
+    for options in (TINY_LLAMA, TINY_LLAMA | ours):
+        model = eqx.filter_eval_shape(Llama, LlamaConfig(**options), key=jr.key(0))
+        arrays, static = eqx.partition(model, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+        tokens = jax.ShapeDtypeStruct((5,), "int32")
+        run = eqx.Partial(_run, static)
+        program = jax.make_jaxpr(run)(arrays, tokens, jr.key(0))
+        programs.append((str(program), [np.asarray(x).tolist() for x in program.consts]))
+    assert programs[0] != programs[1]
+
+
+def _run(static, arrays, tokens, key):
+    return eqx.combine(arrays, static)(tokens, key=key)
+
+
+def test_llama_configs_are_complete():
+    assert rows("LlamalikeTransformerConfig").keys() == PENZAI.keys()
+    assert rows("LlamaConfig").keys() == XLSTM_JAX.keys() | {"parallel"}
 
 
 # What noether's configurations say, and how it is said here.
