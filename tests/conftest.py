@@ -33,6 +33,13 @@ def getkey() -> Callable[[], PRNGKeyArray]:
     return next_key
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file() -> Iterator[None]:
+    """Compiled programs are forgotten with the file: all of them together are many gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """64-bit numbers for one test."""
