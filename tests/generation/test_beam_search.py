@@ -397,8 +397,9 @@ def test_the_lengths_of_a_stack_are_shared():
     model = llama(0)
     cache = model.init_cache(9)
     extend, leaves = _flat_extend(model, cache)
-    assert [x.ndim for x in leaves] == [4, 4, 1]
-    assert _beam_axes(extend, leaves, 3) == [0, 0, None]
+    # Keys, values, and how many there are, by layer and in all.
+    assert [x.ndim for x in leaves] == [4, 4, 1, 0]
+    assert _beam_axes(extend, leaves, 3) == [0, 0, None, None]
 
 
 def test_a_leaf_that_differs_late_is_found():
@@ -486,7 +487,7 @@ def test_dropout_is_off():
     [
         (jnp.zeros((2, 3), int), {}, "jax.vmap"),
         (jnp.zeros(0, int), {}, "0 tokens"),
-        (jnp.zeros(19, int), {}, "19 tokens of prompt and max_new_tokens=6 .* max_len=24"),
+        (jnp.zeros(19, int), {}, "19 tokens of prompt and 6 more .* max_len=24"),
         (jnp.zeros(3, int), {"max_new_tokens": 0}, "max_new_tokens=0"),
         (jnp.zeros(3, int), {"num_beams": 0}, "num_beams=0 must be at least 1"),
         (jnp.zeros(3, int), {"min_new_tokens": 7}, "min_new_tokens=7 .* max_new_tokens=6"),
