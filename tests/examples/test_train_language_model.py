@@ -6,14 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from examples.programs import EXAMPLES, program
 
 from eqx_transformer.interop import load
 
-ROOT = Path(__file__).parent.parent.parent
-PROGRAM = [sys.executable, str(ROOT / "examples" / "train_language_model.py")]
+train_language_model = program("train_language_model")
+PROGRAM = [sys.executable, str(EXAMPLES / "train_language_model.py")]
 TINY = [
     *("--steps", "6", "--batch", "2", "--context", "16", "--d-model", "8", "--num-layers", "2"),
     *("--num-heads", "2", "--num-kv-heads", "1", "--evaluate-every", "3", "--sample-bytes", "12"),
@@ -93,15 +93,6 @@ def test_interrupted_it_saves_what_there_is(tmp_path):
     load(output / "checkpoint")
 
 
-def _program():
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        import train_language_model
-    finally:
-        sys.path.pop(0)
-    return train_language_model
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -116,9 +107,8 @@ def _program():
 )
 def test_mistakes_get_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    program = _program()
     try:
-        status = program.main([*TINY, *arguments])
+        status = train_language_model.main([*TINY, *arguments])
     except SystemExit as error:  # argparse
         status = error.code
     assert status == 2
@@ -129,7 +119,7 @@ def test_mistakes_get_one_line(arguments, message, capsys, tmp_path, monkeypatch
 
 def test_help_is_clear(capsys):
     with pytest.raises(SystemExit) as info:
-        _program().main(["--help"])
+        train_language_model.main(["--help"])
     assert info.value.code == 0
     out = capsys.readouterr().out
     for part in ("--text FILE", "(default: 800)", "llama-like"):
@@ -137,12 +127,11 @@ def test_help_is_clear(capsys):
 
 
 def test_text_is_split_by_name_and_rows_know_their_documents():
-    program = _program()
     documents = {f"{i}": bytes([i]) * 50 for i in range(40)}
-    training, held_out = program.split(documents, context=8)
+    training, held_out = train_language_model.split(documents, context=8)
     assert set(training.tokens.tolist()) & set(held_out.tokens.tolist()) == set()
     assert len(training.tokens) + len(held_out.tokens) == 2000
-    tokens, ids = next(program.batches(training, batch=64, context=8, seed=0))
+    tokens, ids = next(train_language_model.batches(training, batch=64, context=8, seed=0))
     assert tokens.shape == ids.shape == (64, 9)
     # Every document has a byte of its own here, so the two change together.
     assert ((tokens[:, 1:] == tokens[:, :-1]) == (ids[:, 1:] == ids[:, :-1])).all()
