@@ -143,7 +143,7 @@ def _run(
     prompt = checked("beam_search", prompt)
     if cache is None:
         cache = model.init_cache(cache_len)
-    cache = prefill(model, prompt, cache)
+    cache, _ = prefill(model, prompt, cache)
     logits, cache = model.extend(prompt.tokens[prompt.length - 1][None], cache)
     logits = logits[0]
     dtype, vocab = accumulation_dtype(logits.dtype), logits.shape[0]

@@ -197,7 +197,7 @@ def _run(
     prompt = checked("generate", prompt)
     if cache is None:
         cache = model.init_cache(cache_len)
-    cache = prefill(model, prompt, cache)
+    cache, dtype = prefill(model, prompt, cache)
     bucket = prompt.tokens.shape[0]
 
     def body(state: _State) -> _State:
@@ -229,10 +229,9 @@ def _run(
     def unfinished(state: _State) -> Array:
         return (state.index < max_new_tokens) & anywhere(~state.done)
 
-    shape = jax.eval_shape(lambda c: model.extend(prompt.tokens[:1], c)[0], cache)
     state = _State(
         jnp.zeros((bucket + max_new_tokens,), jnp.int32).at[:bucket].set(prompt.tokens),
-        jnp.zeros((max_new_tokens,), accumulation_dtype(shape.dtype)),
+        jnp.zeros((max_new_tokens,), accumulation_dtype(dtype)),
         jnp.int32(0),
         jnp.int32(0),
         jnp.asarray(False),

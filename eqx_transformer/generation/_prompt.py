@@ -95,13 +95,15 @@ def checked(owner: str, prompt: Prompt) -> Prompt:
     return prompt._replace(length=length)
 
 
-def prefill(model: AbstractDecoder, prompt: Prompt, cache: Any) -> Any:
+def prefill(model: AbstractDecoder, prompt: Prompt, cache: Any) -> tuple[Any, Any]:
     """The cache with all of the prompt but its last token.
 
     That one is left to the loop: then nobody asks for logits here, and their product with the
-    vocabulary, for every token of the prompt, is never computed.
+    vocabulary, for every token of the prompt, is never computed. What is returned besides the cache
+    is their dtype.
     """
-    return model.extend(prompt.tokens, cache, length=prompt.length - 1)[1]
+    logits, cache = model.extend(prompt.tokens, cache, length=prompt.length - 1)
+    return cache, logits.dtype
 
 
 def anywhere(flag: Bool[Array, ""]) -> Bool[Array, ""]:

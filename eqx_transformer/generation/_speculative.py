@@ -226,16 +226,17 @@ def _run(
         tokens = jnp.where(state.done, state.tokens, tokens)
         return _State(tokens, end, state.done | done, calls, caches)
 
-    caches = [prefill(model, prompt, model.init_cache(cache_len)), None]
+    cache, _ = prefill(model, prompt, model.init_cache(cache_len))
+    draft_cache = None
     if not isinstance(draft, PromptLookup):
-        caches[1] = prefill(draft, prompt, draft.init_cache(cache_len))
+        draft_cache, _ = prefill(draft, prompt, draft.init_cache(cache_len))
     room = max_new_tokens + num_draft + 1
     state = _State(
         jnp.zeros((bucket + room,), jnp.int32).at[:bucket].set(prompt.tokens),
         prompt.length,
         jnp.asarray(False),
         jnp.int32(0),
-        tuple(caches),
+        (cache, draft_cache),
     )
     state = jax.lax.while_loop(lambda state: anywhere(~state.done), body, state)
     length = state.end - prompt.length

@@ -116,10 +116,8 @@ def test_several_samples_read_the_prompt_once(model):
 
 def variables(jaxpr):
     """All variables of a program and of those inside of it."""
-    for equation in jaxpr.eqns:
+    for equation in equations(jaxpr):
         yield from equation.outvars
-        for sub in jaxprs_in_params(equation.params):
-            yield from variables(sub)
 
 
 def test_a_batch_does_not_copy_its_caches(model):
