@@ -52,9 +52,15 @@ class AnchorTransformerConfig(AbstractConfig):
     - `rope_theta`: ratio of the wavelengths by which queries and keys are turned.
     - `rope_scale`: the shortest of them is `2 pi / rope_scale`.
     - `qk_norm`: whether queries and keys are normalised, each head by an `RMSNorm`.
+    - `num_conditions`: how many numbers modulate the blocks (adaLN-Zero); may be 0. Their
+        vectors are those of a `TimestepEmbedding`, so scale them to some hundreds.
     - `norm_eps`: added to the variance in norms.
     - `dropout_rate`: the probability with which an element of a residual branch, or an attention
         weight, is dropped.
+    - `layer_scale`: initial factor of the learned scale of each branch of the blocks;
+        `None` for no scale.
+    - `drop_path_rate`: the probability with which the last of the blocks drops its
+        branches; that of the others grows from zero, linearly.
     - `remat`, `unroll`: see `DiTConfig`.
     """
 
@@ -71,8 +77,11 @@ class AnchorTransformerConfig(AbstractConfig):
     rope_theta: float = 10_000.0
     rope_scale: float = 1.0
     qk_norm: bool = False
+    num_conditions: int = 0
     norm_eps: float = 1e-6
     dropout_rate: float = 0.0
+    layer_scale: float | None = None
+    drop_path_rate: float = 0.0
     remat: Literal["none", "full", "dots"] = "none"
     unroll: int = 1
 
@@ -82,8 +91,8 @@ class AnchorTransformerConfig(AbstractConfig):
             self,
             *("num_dims", "d_model", "num_layers", "num_heads", "d_ff", "d_geometry", "unroll"),
         )
-        check_positive(self, "wavelength_base", "rope_theta", "rope_scale", "norm_eps")
-        check_rates(self, "dropout_rate")
+        check_positive(self, "wavelength_base", "rope_theta", "rope_scale", "norm_eps", "layer_scale")
+        check_rates(self, "dropout_rate", "drop_path_rate")
         head_dim = check_heads(self, None, None)
         owner = "AnchorTransformerConfig"
         if head_dim % 2 or head_dim < 2 * self.num_dims:
@@ -351,6 +360,9 @@ def _make_period(config: AnchorTransformerConfig, *, key: PRNGKeyArray) -> Block
                 config.d_ff,
                 norm_eps=config.norm_eps,
                 dropout_rate=config.dropout_rate,
+                layer_scale=config.layer_scale,
+                drop_path_rate=config.drop_path_rate,
+                conditioned=config.num_conditions > 0,
                 key=mlp_key,
             )
         )

@@ -8,7 +8,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask, Padding
-from ..nn import Linear
+from ..nn import (
+    AbstractLinear,
+    Linear,
+)
 from ._decoder import logits
 from ._encoder import TransformerEncoder, pool
 from ._transformer_config import TransformerConfig
@@ -26,7 +29,7 @@ class HeadTransform(eqx.Module):
     (Devlin et al., BERT, 2018, in the code that was published.)
     """
 
-    linear: Linear
+    linear: AbstractLinear
     norm: Any
     activation: Callable[[Array], Array]
 
@@ -51,7 +54,7 @@ class SequenceClassifier(eqx.Module):
 
     encoder: TransformerEncoder
     transform: HeadTransform | None
-    head: Linear
+    head: AbstractLinear
     pooling: Literal["first", "mean", "pooler"] = eqx.field(static=True)
 
     def __init__(
@@ -130,7 +133,7 @@ class TokenClassifier(eqx.Module):
 
     encoder: TransformerEncoder
     transform: HeadTransform | None
-    head: Linear | None
+    head: AbstractLinear | None
     logit_bias: Float[Array, " vocab"] | None
 
     def __init__(

@@ -10,7 +10,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from .._precision import accumulation_dtype
 from .._unbatched import unbatched
 from ..attention import AbstractMask
-from ..nn import Linear
+from ..nn import (
+    AbstractLinear,
+    Linear,
+)
 from ._checks import check_sizes
 from ._config import AbstractConfig
 from ._encoder import encode
@@ -147,8 +150,8 @@ class CLIP(eqx.Module):
     config: CLIPConfig = eqx.field(static=True)
     image_tower: VisionTransformer
     text_tower: TextTower
-    image_proj: Linear | None
-    text_proj: Linear
+    image_proj: AbstractLinear | None
+    text_proj: AbstractLinear
     logit_scale: Float[Array, ""]
     logit_bias: Float[Array, ""] | None
 

@@ -7,7 +7,11 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask, Padding
-from ..nn import Embedding, Linear, truncate
+from ..nn import (
+    AbstractLinear,
+    Embedding,
+    truncate,
+)
 from ._encoder import encode
 from ._token_embedding import TokenEmbedding
 from ._transformer_config import TransformerConfig
@@ -43,7 +47,7 @@ class TransformerDecoder(eqx.Module):
     embedding: TokenEmbedding
     stack: AnyStack
     norm: Any
-    head: Linear | None
+    head: AbstractLinear | None
     logit_bias: Float[Array, " vocab"] | None
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
@@ -155,7 +159,7 @@ class TransformerDecoder(eqx.Module):
 
 def logits(
     table: Embedding,
-    head: Linear | None,
+    head: AbstractLinear | None,
     bias: Float[Array, " vocab"] | None,
     x: Float[Array, "seq d_model"],
     *,

@@ -12,6 +12,7 @@ from .._unbatched import unbatched
 from ..attention import Implementation
 from ..nn import (
     MLP,
+    AbstractLinear,
     Attention,
     AxialRoPE,
     Embedding,
@@ -131,7 +132,7 @@ class DiT(eqx.Module):
     stack: Stack
     norm: LayerNorm
     modulation: Modulation
-    head: Linear
+    head: AbstractLinear
     inference: bool
 
     def __init__(self, config: DiTConfig, *, key: PRNGKeyArray):

@@ -8,7 +8,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from .._precision import accumulation_dtype
 from .._unbatched import unbatched
 from ..attention import AbstractMask
-from ..nn import Linear
+from ..nn import (
+    AbstractLinear,
+    Linear,
+)
 from ._token_embedding import TokenEmbedding
 from ._transformer_config import TransformerConfig
 from ._transformer_parts import AnyStack, make_norm, make_stack
@@ -29,7 +32,7 @@ class TransformerEncoder(eqx.Module):
     embedding: TokenEmbedding
     stack: AnyStack
     norm: Any
-    pooler: Linear | None
+    pooler: AbstractLinear | None
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
         """Arguments:

@@ -6,7 +6,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask
-from ..nn import Linear
+from ..nn import AbstractLinear
 from ..stacks import Source
 from ._decoder import TokenCache, extend, init_token_cache, logits
 from ._encoder import encode
@@ -41,7 +41,7 @@ class EncoderDecoder(eqx.Module):
     """Without the vectors of tokens, which are those of `embedding`."""
     decoder: AnyStack
     decoder_norm: Any
-    head: Linear | None
+    head: AbstractLinear | None
     logit_bias: Float[Array, " vocab"] | None
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):

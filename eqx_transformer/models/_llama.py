@@ -13,6 +13,7 @@ from ..attention import AbstractMask, ALiBi, Causal, Compose, Segments, SlidingW
 from ..nn import (
     MLP,
     AbstractAttention,
+    AbstractLinear,
     Attention,
     Embedding,
     GatedMLP,
@@ -75,7 +76,7 @@ class Llama(eqx.Module):
     embedding_dropout: eqx.nn.Dropout
     stack: Stack | StackSequence
     norm: RMSNorm | LayerNorm
-    head: Linear | None
+    head: AbstractLinear | None
 
     def __init__(self, config: LlamaConfig, *, key: PRNGKeyArray):
         """Arguments:

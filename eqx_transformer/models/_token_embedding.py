@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..attention import AbstractMask, Padding
-from ..nn import Embedding, LearnedPositions, Linear, SinusoidalPositions
+from ..nn import (
+    AbstractLinear,
+    Embedding,
+    LearnedPositions,
+    Linear,
+    SinusoidalPositions,
+)
 from ._transformer_config import TransformerConfig
 from ._transformer_parts import make_norm, make_positions
 
@@ -27,7 +33,7 @@ class TokenEmbedding(eqx.Module):
     positions: SinusoidalPositions | LearnedPositions | None
     token_types: Embedding | None
     norm: Any
-    projection: Linear | None
+    projection: AbstractLinear | None
     dropout: eqx.nn.Dropout
     scale: float = eqx.field(static=True)
     position_offset: int = eqx.field(static=True)

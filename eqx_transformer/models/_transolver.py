@@ -8,7 +8,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask
-from ..nn import LayerNorm, Linear, SliceAttention
+from ..nn import (
+    AbstractLinear,
+    LayerNorm,
+    Linear,
+    SliceAttention,
+)
 from ..stacks import Stack, TransformerBlock
 from ._checks import check_heads, check_positive, check_rates, check_sizes
 from ._config import AbstractConfig
@@ -31,9 +36,15 @@ class TransolverConfig(AbstractConfig):
     - `d_ff`: size inside the MLPs; `None` for `4 * d_model`.
     - `adaptive_temperature`, `gumbel`, `separate_values`: see `SliceAttention`. Transolver++ has
         the first two and not the third.
+    - `num_conditions`: how many numbers modulate the blocks (adaLN-Zero); may be 0. Their
+        vectors are those of a `TimestepEmbedding`, so scale them to some hundreds.
     - `norm_eps`: added to the variance in norms.
     - `dropout_rate`: the probability with which an element of a residual branch, or an attention
         weight, is dropped.
+    - `layer_scale`: initial factor of the learned scale of each branch of the blocks;
+        `None` for no scale.
+    - `drop_path_rate`: the probability with which the last of the blocks drops its
+        branches; that of the others grows from zero, linearly.
     - `remat`, `unroll`: see `DiTConfig`.
     """
 
@@ -47,8 +58,11 @@ class TransolverConfig(AbstractConfig):
     adaptive_temperature: bool = False
     gumbel: bool = False
     separate_values: bool = True
+    num_conditions: int = 0
     norm_eps: float = 1e-5
     dropout_rate: float = 0.0
+    layer_scale: float | None = None
+    drop_path_rate: float = 0.0
     remat: Literal["none", "full", "dots"] = "none"
     unroll: int = 1
 
@@ -59,8 +73,8 @@ class TransolverConfig(AbstractConfig):
             *("num_features", "out_features", "d_model", "num_layers", "num_heads", "num_slices"),
             *("d_ff", "unroll"),
         )
-        check_positive(self, "norm_eps")
-        check_rates(self, "dropout_rate")
+        check_positive(self, "norm_eps", "layer_scale")
+        check_rates(self, "dropout_rate", "drop_path_rate")
         check_heads(self, None, None)
 
 
@@ -72,11 +86,11 @@ class Transolver(eqx.Module):
     """
 
     config: TransolverConfig = eqx.field(static=True)
-    up_proj: Linear
-    down_proj: Linear
+    up_proj: AbstractLinear
+    down_proj: AbstractLinear
     stack: Stack
     norm: LayerNorm
-    head: Linear
+    head: AbstractLinear
 
     def __init__(self, config: TransolverConfig, *, key: PRNGKeyArray):
         """Arguments:
@@ -139,5 +153,8 @@ def _make_block(config: TransolverConfig, *, key: PRNGKeyArray) -> TransformerBl
         config.d_ff,
         norm_eps=config.norm_eps,
         dropout_rate=config.dropout_rate,
+        layer_scale=config.layer_scale,
+        drop_path_rate=config.drop_path_rate,
+        conditioned=config.num_conditions > 0,
         key=mlp_key,
     )

@@ -9,7 +9,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask, Padding
-from ..nn import Attention, LayerNorm, Linear, SinusoidalCoordinates, SupernodePooling
+from ..nn import (
+    AbstractLinear,
+    Attention,
+    LayerNorm,
+    Linear,
+    SinusoidalCoordinates,
+    SupernodePooling,
+)
 from ..stacks import Source, Stack, TransformerBlock
 from ._checks import check_heads, check_positive, check_rates, check_sizes
 from ._config import AbstractConfig
@@ -34,9 +41,15 @@ class UPTConfig(AbstractConfig):
     - `num_neighbours`, `radius`: which points a supernode gathers; see `SupernodePooling`.
     - `wavelength_base`: of the vectors of coordinates; see `SinusoidalCoordinates`. Their shortest
         wavelength is `2 pi`, so scale coordinates to some hundreds.
+    - `num_conditions`: how many numbers modulate the blocks of supernodes (adaLN-Zero); may be 0. Their
+        vectors are those of a `TimestepEmbedding`, so scale them to some hundreds.
     - `norm_eps`: added to the variance in norms.
     - `dropout_rate`: the probability with which an element of a residual branch, or an attention
         weight, is dropped.
+    - `layer_scale`: initial factor of the learned scale of each branch of these blocks;
+        `None` for no scale.
+    - `drop_path_rate`: the probability with which the last of these blocks drops its
+        branches; that of the others grows from zero, linearly.
     - `remat`, `unroll`: see `DiTConfig`.
     """
 
@@ -51,8 +64,11 @@ class UPTConfig(AbstractConfig):
     num_neighbours: int = 32
     radius: float | None = None
     wavelength_base: float = 10_000.0
+    num_conditions: int = 0
     norm_eps: float = 1e-6
     dropout_rate: float = 0.0
+    layer_scale: float | None = None
+    drop_path_rate: float = 0.0
     remat: Literal["none", "full", "dots"] = "none"
     unroll: int = 1
 
@@ -65,8 +81,8 @@ class UPTConfig(AbstractConfig):
         )
         if self.num_features < 0:
             raise ValueError(f"UPTConfig: num_features={self.num_features} must not be negative.")
-        check_positive(self, "radius", "wavelength_base", "norm_eps")
-        check_rates(self, "dropout_rate")
+        check_positive(self, "radius", "wavelength_base", "norm_eps", "layer_scale")
+        check_rates(self, "dropout_rate", "drop_path_rate")
         check_heads(self, None, None)
 
 
@@ -83,10 +99,10 @@ class UPT(eqx.Module):
     encoder: Stack
     norm: LayerNorm
     embedding: SinusoidalCoordinates
-    query_proj: Linear
+    query_proj: AbstractLinear
     decoder: Stack
     head_norm: LayerNorm
-    head: Linear
+    head: AbstractLinear
 
     def __init__(self, config: UPTConfig, *, key: PRNGKeyArray):
         """Arguments:
@@ -203,5 +219,8 @@ def _make_block(config: UPTConfig, *, key: PRNGKeyArray) -> TransformerBlock:
         config.d_ff,
         norm_eps=config.norm_eps,
         dropout_rate=config.dropout_rate,
+        layer_scale=config.layer_scale,
+        drop_path_rate=config.drop_path_rate,
+        conditioned=config.num_conditions > 0,
         key=mlp_key,
     )

@@ -11,6 +11,7 @@ from .._unbatched import unbatched
 from ..attention import AbstractMask, GridBias, GridWindow
 from ..nn import (
     MLP,
+    AbstractLinear,
     Attention,
     AttentionPooling,
     AxialRoPE,
@@ -85,9 +86,9 @@ class VisionTransformer(eqx.Module):
     stack: Stack | BiasedStack
     norm: Any
     pooling: AttentionPooling | None
-    pooler: Linear | None
-    head: Linear | None
-    distillation_head: Linear | None
+    pooler: AbstractLinear | None
+    head: AbstractLinear | None
+    distillation_head: AbstractLinear | None
 
     def __init__(self, config: ViTConfig, *, key: PRNGKeyArray):
         """Arguments:

@@ -8,7 +8,12 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask
-from ..nn import Convolution, LearnedPositions, Linear, SinusoidalPositions
+from ..nn import (
+    AbstractLinear,
+    Convolution,
+    LearnedPositions,
+    SinusoidalPositions,
+)
 from ..stacks import Source
 from ._checks import check_sizes
 from ._config import AbstractConfig
@@ -82,7 +87,7 @@ class Whisper(eqx.Module):
     embedding: TokenEmbedding
     decoder: AnyStack
     decoder_norm: Any
-    head: Linear | None
+    head: AbstractLinear | None
     logit_bias: Float[Array, " vocab"] | None
 
     def __init__(self, config: WhisperConfig, *, key: PRNGKeyArray):

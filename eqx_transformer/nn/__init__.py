@@ -18,6 +18,7 @@ from ._disentangled_attention import DisentangledAttention as DisentangledAttent
 from ._drop_path import DropPath as DropPath
 from ._embedding import Embedding as Embedding
 from ._layer_scale import LayerScale as LayerScale
+from ._linear import AbstractLinear as AbstractLinear
 from ._linear import Linear as Linear
 from ._linear_attention import LinearAttention as LinearAttention
 from ._linear_attention import LinearAttentionCache as LinearAttentionCache

@@ -11,7 +11,7 @@ from .._unbatched import unbatched
 from ..attention import AbstractMask, Prefix, ScoreMod, dot_product_attention, lookback
 from ._axial_rope import AxialRoPE
 from ._cache import KVCache
-from ._linear import Linear
+from ._linear import AbstractLinear, Linear
 from ._norm import RMSNorm
 from ._ring_cache import RingCache
 from ._rope import RoPE
@@ -92,11 +92,11 @@ class Attention(AbstractAttention):
     when they are read, all of them by the angles of the length so far.
     """
 
-    q_proj: Linear
-    k_proj: Linear
-    v_proj: Linear
-    o_proj: Linear
-    gate_proj: Linear | None
+    q_proj: AbstractLinear
+    k_proj: AbstractLinear
+    v_proj: AbstractLinear
+    o_proj: AbstractLinear
+    gate_proj: AbstractLinear | None
     q_norm: Norm | None
     k_norm: Norm | None
     sinks: Float[Array, " heads"] | None

@@ -7,7 +7,7 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from .._unbatched import unbatched
 from ..attention import AbstractMask, ScoreMod, dot_product_attention
 from ._attention import check_rate, head_sizes
-from ._linear import Linear
+from ._linear import AbstractLinear, Linear
 from ._norm import RMSNorm
 
 
@@ -30,10 +30,10 @@ class CrossAttention(eqx.Module):
     is no RoPE and no causal mask here. (Vaswani et al., 2017, section 3.2.3.)
     """
 
-    q_proj: Linear
-    k_proj: Linear
-    v_proj: Linear
-    o_proj: Linear
+    q_proj: AbstractLinear
+    k_proj: AbstractLinear
+    v_proj: AbstractLinear
+    o_proj: AbstractLinear
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
     score_mod: ScoreMod | None

@@ -9,7 +9,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 from .._unbatched import unbatched
 from ..attention import AbstractMask, dot_product_attention
 from ._attention import AbstractAttention, check_rate, head_sizes
-from ._linear import Linear
+from ._linear import AbstractLinear, Linear
 
 
 class DisentangledAttention(AbstractAttention):
@@ -26,12 +26,12 @@ class DisentangledAttention(AbstractAttention):
     al., DeBERTa, 2021, equation 4; buckets: version 2 of its code.)
     """
 
-    q_proj: Linear
-    k_proj: Linear
-    v_proj: Linear
-    o_proj: Linear
-    pos_k_proj: Linear | None
-    pos_q_proj: Linear | None
+    q_proj: AbstractLinear
+    k_proj: AbstractLinear
+    v_proj: AbstractLinear
+    o_proj: AbstractLinear
+    pos_k_proj: AbstractLinear | None
+    pos_q_proj: AbstractLinear | None
     relative: Float[Array, "distances d_model"] | None
     attention_fn: Callable[..., Array]
     inference: bool
@@ -164,7 +164,7 @@ class DisentangledAttention(AbstractAttention):
         """There is no cache; see `init_cache`."""
         raise ValueError("DisentangledAttention has no cache; it is for encoders.")
 
-    def _heads(self, projection: Linear, x: Array) -> Array:
+    def _heads(self, projection: AbstractLinear, x: Array) -> Array:
         return projection(x).reshape(x.shape[0], -1, self.head_dim)
 
 

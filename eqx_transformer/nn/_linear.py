@@ -1,10 +1,30 @@
+import abc
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 
-class Linear(eqx.Module):
+class AbstractLinear(eqx.Module):
+    """What a layer may have as a projection: an affine map of the last axis.
+
+    The layers of this library are built with `Linear`. Anything else that has these two attributes
+    and is called in the same way may be put in its place with `equinox.tree_at`: a quantised
+    weight, an adapter. `weight` may be computed when it is asked for.
+    """
+
+    weight: eqx.AbstractVar[Float[Array, "in_features out_features"]]
+    bias: eqx.AbstractVar[Float[Array, " out_features"] | None]
+
+    @abc.abstractmethod
+    def __call__(
+        self, x: Float[Array, "*batch in_features"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch out_features"]:
+        """Maps the last axis of `x`."""
+
+
+class Linear(AbstractLinear):
     """An affine map of the last axis: `y = x @ weight + bias`.
 
     The weight is `[in_features, out_features]` and all leading axes, those of an enclosing

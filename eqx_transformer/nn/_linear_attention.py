@@ -14,7 +14,7 @@ from ..attention._linear import (
     num_features,
 )
 from ._attention import AbstractAttention, head_sizes
-from ._linear import Linear
+from ._linear import AbstractLinear, Linear
 from ._norm import RMSNorm
 from ._rope import RoPE
 
@@ -56,10 +56,10 @@ class LinearAttention(AbstractAttention):
     alone. Rotating the features instead (Su et al., 2021, equation 19) would make them negative.
     """
 
-    q_proj: Linear
-    k_proj: Linear
-    v_proj: Linear
-    o_proj: Linear
+    q_proj: AbstractLinear
+    k_proj: AbstractLinear
+    v_proj: AbstractLinear
+    o_proj: AbstractLinear
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
     rope: RoPE | None

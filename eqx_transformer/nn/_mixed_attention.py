@@ -13,7 +13,7 @@ from .._unbatched import unbatched
 from ..attention import AbstractMask, Padding, TokenGroups, dot_product_attention
 from ._attention import AbstractAttention, check_rate, head_sizes
 from ._axial_rope import AxialRoPE
-from ._linear import Linear
+from ._linear import AbstractLinear, Linear
 from ._norm import RMSNorm
 from ._padding import padding_flags
 from ._token_groups import AttentionPattern, TokenSpec, check_patterns, check_tokens
@@ -57,10 +57,10 @@ class MixedAttention(AbstractAttention):
     AB-UPT: Scaling Neural CFD Surrogates, 2025.)
     """
 
-    q_proj: Linear
-    k_proj: Linear
-    v_proj: Linear
-    o_proj: Linear
+    q_proj: AbstractLinear
+    k_proj: AbstractLinear
+    v_proj: AbstractLinear
+    o_proj: AbstractLinear
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
     rope: AxialRoPE | None

@@ -9,7 +9,7 @@ from .._unbatched import unbatched
 from ..attention import AbstractMask, ScoreMod, dot_product_attention
 from ._attention import WRITTEN, AbstractAttention, check_rate
 from ._cache import KVCache
-from ._linear import Linear
+from ._linear import AbstractLinear, Linear
 from ._norm import RMSNorm
 from ._rope import RoPE
 from ._rope_scaling import YaRNScaling
@@ -33,14 +33,14 @@ class LatentAttention(AbstractAttention):
     `q . (U c) = (U' q) . c`, so no key or value of a head is ever made.
     """
 
-    q_proj: Linear | None
-    q_down_proj: Linear | None
+    q_proj: AbstractLinear | None
+    q_down_proj: AbstractLinear | None
     q_norm: RMSNorm | None
-    q_up_proj: Linear | None
-    kv_down_proj: Linear
+    q_up_proj: AbstractLinear | None
+    kv_down_proj: AbstractLinear
     kv_norm: RMSNorm
-    kv_up_proj: Linear
-    o_proj: Linear
+    kv_up_proj: AbstractLinear
+    o_proj: AbstractLinear
     rope: RoPE
     mask: AbstractMask | None
     score_mod: ScoreMod | None

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._unbatched import unbatched
-from ._linear import Linear
+from ._linear import AbstractLinear, Linear
 
 
 class MLP(eqx.Module):
@@ -15,8 +15,8 @@ class MLP(eqx.Module):
     (Vaswani et al., 2017, equation 2.)
     """
 
-    up_proj: Linear
-    down_proj: Linear
+    up_proj: AbstractLinear
+    down_proj: AbstractLinear
     activation: Callable[[Array], Array]
 
     def __init__(
@@ -61,9 +61,9 @@ class GatedMLP(eqx.Module):
     of GPT-OSS (2025).
     """
 
-    gate_proj: Linear
-    up_proj: Linear
-    down_proj: Linear
+    gate_proj: AbstractLinear
+    up_proj: AbstractLinear
+    down_proj: AbstractLinear
     activation: Callable[[Array], Array]
     clip: float | int | None = eqx.field(static=True)
     up_offset: float | int = eqx.field(static=True)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._precision import accumulation_dtype
-from ._linear import Linear
+from ._linear import AbstractLinear, Linear
 
 
 class Modulation(eqx.Module):
@@ -18,7 +18,7 @@ class Modulation(eqx.Module):
     Transformers, 2023, section 3.2: adaLN-Zero.)
     """
 
-    proj: Linear
+    proj: AbstractLinear
     num_vectors: int = eqx.field(static=True)
 
     def __init__(
@@ -73,8 +73,8 @@ class TimestepEmbedding(eqx.Module):
     (Peebles and Xie, 2023; the sinusoids are those of Ho et al., 2020.)
     """
 
-    up_proj: Linear
-    down_proj: Linear
+    up_proj: AbstractLinear
+    down_proj: AbstractLinear
     max_period: float = eqx.field(static=True)
 
     def __init__(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, PyTree
 from .._precision import accumulation_dtype
 from .._unbatched import unbatched
 from ._grouped import grouped_map, sorted_by_group
-from ._linear import Linear
+from ._linear import AbstractLinear, Linear
 
 
 class RouterStats(eqx.Module):
@@ -63,10 +63,10 @@ class MixtureOfExperts(eqx.Module):
     "DeepSeek-V3 Technical Report", equations 12 to 16.)
     """
 
-    router: Linear
+    router: AbstractLinear
     experts: Callable[[Array], Array]
     shared_experts: Callable[..., Array] | None
-    shared_gate: Linear | None
+    shared_gate: AbstractLinear | None
     selection_bits: Int[Array, " num_experts"] | None
     inference: bool
     num_experts: int = eqx.field(static=True)

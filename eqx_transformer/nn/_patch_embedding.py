@@ -5,7 +5,7 @@ import jax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._unbatched import unbatched
-from ._linear import Linear
+from ._linear import AbstractLinear, Linear
 
 
 def patchify(
@@ -83,7 +83,7 @@ class PatchEmbedding(eqx.Module):
     (Dosovitskiy et al., 2021, equation 1.)
     """
 
-    proj: Linear
+    proj: AbstractLinear
     num_channels: int = eqx.field(static=True)
     patch_size: tuple[int, int] = eqx.field(static=True)
 

@@ -13,7 +13,7 @@ from .._precision import accumulation_dtype
 from .._unbatched import unbatched
 from ..attention import AbstractMask, dot_product_attention
 from ._attention import AbstractAttention, check_rate, head_sizes
-from ._linear import Linear
+from ._linear import AbstractLinear, Linear
 from ._padding import padding_flags
 
 
@@ -36,15 +36,15 @@ class SliceAttention(AbstractAttention):
     `inference` set nothing is drawn. (Luo et al., Transolver++, 2025, section 3.1.)
     """
 
-    h_proj: Linear
-    f_proj: Linear | None
-    slice_proj: Linear
+    h_proj: AbstractLinear
+    f_proj: AbstractLinear | None
+    slice_proj: AbstractLinear
     temperature: Float[Array, " heads"]
-    temperature_proj: Linear | None
-    q_proj: Linear
-    k_proj: Linear
-    v_proj: Linear
-    o_proj: Linear
+    temperature_proj: AbstractLinear | None
+    q_proj: AbstractLinear
+    k_proj: AbstractLinear
+    v_proj: AbstractLinear
+    o_proj: AbstractLinear
     attention_fn: Callable[..., Array]
     inference: bool
     head_dim: int = eqx.field(static=True)

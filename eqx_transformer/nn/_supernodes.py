@@ -11,7 +11,7 @@ from .._precision import accumulation_dtype
 from .._unbatched import unbatched
 from ..attention import AbstractMask
 from ._coordinates import SinusoidalCoordinates
-from ._linear import Linear
+from ._linear import AbstractLinear, Linear
 from ._padding import padding_flags
 
 
@@ -79,11 +79,11 @@ class SupernodePooling(eqx.Module):
     3.1.)
     """
 
-    coordinate_proj: Linear
-    feature_proj: Linear | None
-    point_proj: Linear
-    centre_proj: Linear
-    down_proj: Linear
+    coordinate_proj: AbstractLinear
+    feature_proj: AbstractLinear | None
+    point_proj: AbstractLinear
+    centre_proj: AbstractLinear
+    down_proj: AbstractLinear
     embedding: SinusoidalCoordinates
     activation: Callable[[Array], Array]
     num_neighbours: int = eqx.field(static=True)
