@@ -7,6 +7,7 @@ Folders are layers, each built from those before it:
 - `stacks`: blocks of layers, and depth as an axis of the parameters.
 - `models`: a config in, a model out.
 - `generation`: sampling from a model with its cache.
+- `training`: labels for optimisers, adapters, losses and gradients that fit into memory.
 - `interop`: checkpoints and the outside world.
 """
 
@@ -16,6 +17,7 @@ from . import interop as interop
 from . import models as models
 from . import nn as nn
 from . import stacks as stacks
+from . import training as training
 from ._scan import filter_scan as filter_scan
 
 __version__ = "0.1.0"

@@ -29,8 +29,8 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 from tqdm import tqdm
 
-from eqx_transformer.interop import weight_decay_mask
 from eqx_transformer.models import DiT, DiTConfig
+from eqx_transformer.training import weight_decay_mask
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -28,8 +28,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from eqx_transformer.interop import weight_decay_mask
 from eqx_transformer.models import VisionTransformer, ViTConfig
+from eqx_transformer.training import weight_decay_mask
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

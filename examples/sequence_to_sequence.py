@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from eqx_transformer.attention import attention_weights
 from eqx_transformer.generation import beam_search
-from eqx_transformer.interop import weight_decay_mask
 from eqx_transformer.models import EncoderDecoder, TransformerConfig
 from eqx_transformer.stacks import DecoderBlock
+from eqx_transformer.training import weight_decay_mask
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -214,6 +214,8 @@ def look(
             attention = block.cross_attention
             q = attention.q_proj(h).reshape(h.shape[0], -1, attention.head_dim)
             memory = attention.project(encoded.memory)
+            # They would be something else if they were stored in eight bits.
+            assert isinstance(memory.k, jax.Array) and isinstance(memory.v, jax.Array)
             weights = attention_weights(q, memory.k, mask=encoded.mask)
             out = jnp.einsum("hts,shd->thd", weights, memory.v)
             return attention.o_proj(out.reshape(h.shape[0], -1)), weights

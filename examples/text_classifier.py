@@ -30,8 +30,8 @@ from scipy.sparse import csr_array
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
-from eqx_transformer.interop import weight_decay_mask
 from eqx_transformer.models import SequenceClassifier, TransformerConfig
+from eqx_transformer.training import weight_decay_mask
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 from eqx_transformer.attention import Segments
 from eqx_transformer.generation import generate
-from eqx_transformer.interop import load, save, weight_decay_mask
+from eqx_transformer.interop import load, save
 from eqx_transformer.models import Llama, LlamaConfig
+from eqx_transformer.training import weight_decay_mask
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

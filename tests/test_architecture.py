@@ -26,8 +26,9 @@ LAYER = {
     "generation": "top",
     "interop": "top",
     "sharding": "top",
+    "training": "top",
 }
-NAMESPACES = ["", ".attention", ".nn", ".stacks", ".models", ".generation", ".interop"]
+NAMESPACES = ["", ".attention", ".nn", ".stacks", ".models", ".generation", ".interop", ".training"]
 # JAX outside of its stable interface, and who alone may use it.
 UNSTABLE = {
     "jax.extend": {"attention/_linear_map.py", "attention/_kernels/_launch.py"},

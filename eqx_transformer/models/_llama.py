@@ -138,8 +138,30 @@ class Llama(eqx.Module):
 
         - `ValueError` if there are more than `max_len` tokens.
         """
+        return self.logits(self.hidden(tokens, mask=mask, positions=positions, key=key))
+
+    @unbatched(tokens="seq")
+    def hidden(
+        self,
+        tokens: Int[Array, " seq"],
+        *,
+        mask: AbstractMask | None = None,
+        positions: Int[Array, " seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "seq d_model"]:
+        """What `logits` makes the logits of. Arguments are those of `__call__`."""
         x, options = self._begin(tokens, mask, positions, key)
-        return self._logits(self.stack(x, **options))
+        return self._normed(self.stack(x, **options))
+
+    @unbatched(hidden="seq d_model")
+    def logits(self, hidden: Float[Array, "seq d_model"]) -> Float[Array, "seq vocab"]:
+        """The logits at every position, from what `hidden` returns."""
+        logits = self.embedding.attend(hidden) if self.head is None else self.head(hidden)
+        cap = self.config.logit_soft_cap
+        if cap is None:
+            return logits
+        wide = logits.astype(accumulation_dtype(logits.dtype))
+        return (cap * jnp.tanh(wide / cap)).astype(logits.dtype)
 
     @jax.named_scope("eqx_transformer.models.Llama.apply_with_stats")
     @unbatched(tokens="seq")
@@ -154,7 +176,7 @@ class Llama(eqx.Module):
         """What `__call__` returns, and the `RouterStats` of the layers that have experts."""
         x, options = self._begin(tokens, mask, positions, key)
         x, stats = self.stack.apply_with_stats(x, **options)
-        return self._logits(x), stats
+        return self.logits(self._normed(x)), stats
 
     def init_cache(self, max_len: int | None = None, dtype: DTypeLike | None = None) -> LlamaCache:
         """An empty cache.
@@ -222,7 +244,7 @@ class Llama(eqx.Module):
             self._embed(tokens, at, None), cache.layers, mask=mask, length=length
         )
         count = jnp.asarray(seq if length is None else length, jnp.int32)
-        return self._logits(x), LlamaCache(layers, documents, cache.length + count)
+        return self.logits(self._normed(x)), LlamaCache(layers, documents, cache.length + count)
 
     def _begin(
         self,
@@ -263,16 +285,9 @@ class Llama(eqx.Module):
         """How many documents have begun, at every token."""
         return jnp.cumsum(tokens == self.config.document_start_id, dtype=jnp.int32)
 
-    def _logits(self, x: Float[Array, "seq d_model"]) -> Float[Array, "seq vocab"]:
+    def _normed(self, x: Float[Array, "seq d_model"]) -> Float[Array, "seq d_model"]:
         x = self.norm(x)
-        if self.config.logits_dtype is not None:
-            x = x.astype(self.config.logits_dtype)
-        logits = self.embedding.attend(x) if self.head is None else self.head(x)
-        cap = self.config.logit_soft_cap
-        if cap is None:
-            return logits
-        wide = logits.astype(accumulation_dtype(logits.dtype))
-        return (cap * jnp.tanh(wide / cap)).astype(logits.dtype)
+        return x if self.config.logits_dtype is None else x.astype(self.config.logits_dtype)
 
     def _check_length(self, what: str, length: int) -> None:
         if length > self.config.max_len:

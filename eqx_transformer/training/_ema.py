@@ -1,0 +1,76 @@
+"""The average of a model over its training."""
+
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from .._precision import accumulation_dtype
+
+Model = TypeVar("Model")
+
+
+class EMA(eqx.Module):
+    """An exponential moving average of parameters.
+
+        sums   = decay * sums   + (1 - decay) * parameters
+        weight = decay * weight + (1 - decay)
+        average = sums / weight
+
+    It begins either with the parameters there are, which then stay in it for a while, or with
+    nothing. In the second case dividing by the weight is what corrects the bias towards zero.
+    (Kingma and Ba, Adam, 2015, section 3.) Like all state it is a value, and a PyTree:
+
+        ema = EMA.init(model)
+        ema = ema.update(model, decay=0.999)      # after every step, inside of jit
+        evaluate(ema.average(model))
+    """
+
+    sums: PyTree
+    """In float32 or wider; `None` for what is no floating array."""
+    weight: Float[Array, ""]
+
+    @classmethod
+    def init(cls, model: PyTree, *, debias: bool = False) -> "EMA":
+        """The average before any update.
+
+        Arguments:
+
+        - `model`: the model, or its parameters.
+        - `debias`: whether to begin with nothing: the average is that of the models of the updates
+            alone, and NaN before the first.
+        """
+        # Also with nothing to begin with: a copy, so that the model can be donated.
+        sums = jax.tree.map(lambda x: jnp.where(debias, 0, x), _wide(model))
+        return cls(sums, jnp.asarray(0.0 if debias else 1.0))
+
+    def update(self, model: PyTree, decay: float | int | Float[Array, ""]) -> "EMA":
+        """The average after one more model.
+
+        Arguments:
+
+        - `model`: of the same structure as the first.
+        - `decay`: how much of the average stays, e.g. 0.999; an array if it changes.
+        """
+
+        def mixed(old: Array, new: Array) -> Array:
+            keep = jnp.asarray(decay, old.dtype)
+            return keep * old + (1 - keep) * new
+
+        one = jnp.ones_like(self.weight)
+        return EMA(jax.tree.map(mixed, self.sums, _wide(model)), mixed(self.weight, one))
+
+    def average(self, model: Model) -> Model:
+        """The model with averages in place of its parameters, in their dtypes."""
+
+        def mean(total: Array | None, x: Any) -> Any:
+            return x if total is None else (total / self.weight.astype(total.dtype)).astype(x.dtype)
+
+        return jax.tree.map(mean, self.sums, model, is_leaf=lambda x: x is None)
+
+
+def _wide(model: PyTree) -> PyTree:
+    params = eqx.filter(model, eqx.is_inexact_array)
+    return jax.tree.map(lambda x: x.astype(accumulation_dtype(x.dtype)), params)
