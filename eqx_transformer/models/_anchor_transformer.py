@@ -21,10 +21,22 @@ from ..nn import (
     joint_patterns,
     self_patterns,
 )
-from ..stacks import BlockSequence, Condition, PerceiverBlock, Source, Stack
+from ..stacks import (
+    BlockSequence,
+    Condition,
+    PerceiverBlock,
+    Source,
+    Stack,
+    linear_drop_path,
+)
 from ._checks import check_heads, check_positive, check_rates, check_sizes
 from ._config import AbstractConfig
-from ._physics_parts import perceiver_block, pre_norm_block
+from ._physics_parts import (
+    ConditionEmbedding,
+    condition_vector,
+    perceiver_block,
+    pre_norm_block,
+)
 from ._vocabulary import REMAT
 
 Pattern = Literal["self", "cross", "joint"]
@@ -52,15 +64,15 @@ class AnchorTransformerConfig(AbstractConfig):
     - `rope_theta`: ratio of the wavelengths by which queries and keys are turned.
     - `rope_scale`: the shortest of them is `2 pi / rope_scale`.
     - `qk_norm`: whether queries and keys are normalised, each head by an `RMSNorm`.
-    - `num_conditions`: how many numbers modulate the blocks (adaLN-Zero); may be 0. Their
-        vectors are those of a `TimestepEmbedding`, so scale them to some hundreds.
+    - `num_conditions`: how many numbers modulate the blocks (adaLN-Zero); may be 0. Their vectors
+        are those of a `TimestepEmbedding`, so scale them to some hundreds.
     - `norm_eps`: added to the variance in norms.
     - `dropout_rate`: the probability with which an element of a residual branch, or an attention
         weight, is dropped.
     - `layer_scale`: initial factor of the learned scale of each branch of the blocks;
         `None` for no scale.
-    - `drop_path_rate`: the probability with which the last of the blocks drops its
-        branches; that of the others grows from zero, linearly.
+    - `drop_path_rate`: the probability with which the last blocks (one for each of `patterns`)
+        drop their branches; that of the others grows from zero, linearly.
     - `remat`, `unroll`: see `DiTConfig`.
     """
 
@@ -91,7 +103,9 @@ class AnchorTransformerConfig(AbstractConfig):
             self,
             *("num_dims", "d_model", "num_layers", "num_heads", "d_ff", "d_geometry", "unroll"),
         )
-        check_positive(self, "wavelength_base", "rope_theta", "rope_scale", "norm_eps", "layer_scale")
+        check_positive(
+            self, "wavelength_base", "rope_theta", "rope_scale", "norm_eps", "layer_scale"
+        )
         check_rates(self, "dropout_rate", "drop_path_rate")
         head_dim = check_heads(self, None, None)
         owner = "AnchorTransformerConfig"
@@ -100,6 +114,8 @@ class AnchorTransformerConfig(AbstractConfig):
                 f"{owner}: head_dim={head_dim} must be even and at least 2 * num_dims = "
                 f"{2 * self.num_dims}: every coordinate turns pairs of features."
             )
+        if self.num_conditions < 0:
+            raise ValueError(f"{owner}: num_conditions={self.num_conditions} must not be negative.")
         if not self.branches or len(set(self.branches)) != len(self.branches):
             raise ValueError(
                 f"{owner}: branches={self.branches} must be one or more different names."
@@ -114,6 +130,12 @@ class AnchorTransformerConfig(AbstractConfig):
                 f"{owner}: num_layers={self.num_layers} must be a multiple of the "
                 f"{len(self.patterns)} patterns={self.patterns}."
             )
+        if self.drop_path_rate > 0 and self.num_layers == len(self.patterns):
+            raise ValueError(
+                f"{owner}: drop_path_rate={self.drop_path_rate} grows from zero, so "
+                f"num_layers={self.num_layers} must be at least twice the {len(self.patterns)} "
+                "patterns."
+            )
         if "cross" in self.patterns and len(self.branches) < 2:
             raise ValueError(
                 f"{owner}: patterns={self.patterns} has 'cross', by which branches attend to the "
@@ -126,6 +148,7 @@ class AnchorState(eqx.Module):
 
     geometry: Any
     blocks: Any
+    vector: Array | None
 
 
 class AnchorTransformer(eqx.Module):
@@ -144,6 +167,7 @@ class AnchorTransformer(eqx.Module):
     config: AnchorTransformerConfig = eqx.field(static=True)
     embedding: SinusoidalCoordinates
     projs: dict[str, Linear]
+    condition_embedding: ConditionEmbedding | None
     geometry_block: PerceiverBlock | None
     stack: Stack
     norm: LayerNorm
@@ -155,7 +179,7 @@ class AnchorTransformer(eqx.Module):
         - `config`: the numbers.
         - `key`: for the initial weights.
         """
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(key, 5)
         size, count = config.d_model, len(config.branches)
         self.config = config
         self.embedding = SinusoidalCoordinates(config.num_dims, size, config.wavelength_base)
@@ -164,6 +188,9 @@ class AnchorTransformer(eqx.Module):
             name: Linear(size, size, use_bias=True, key=k)
             for name, k in zip(config.branches, jax.random.split(keys[0], count), strict=True)
         }
+        self.condition_embedding = None
+        if config.num_conditions:
+            self.condition_embedding = ConditionEmbedding(config.num_conditions, size, key=keys[4])
         self.geometry_block = None
         if config.d_geometry is not None:
             self.geometry_block = perceiver_block(
@@ -176,13 +203,16 @@ class AnchorTransformer(eqx.Module):
                 key=keys[1],
             )
         periods = config.num_layers // len(config.patterns)
-        self.stack = Stack(
+        stack = Stack(
             functools.partial(_make_period, config),
             periods,
             remat=REMAT[config.remat],
             unroll=min(config.unroll, periods),
             key=keys[2],
         )
+        if config.drop_path_rate > 0:
+            stack = linear_drop_path(stack, config.drop_path_rate)
+        self.stack = stack
         self.norm = LayerNorm(size, eps=config.norm_eps)
         self.heads = {
             name: Linear(size, out, use_bias=True, key=k)
@@ -198,6 +228,7 @@ class AnchorTransformer(eqx.Module):
         queries: Mapping[str, Float[Array, "_ dims"]] | None = None,
         *,
         geometry: Source | None = None,
+        conditions: Float[Array, " conditions"] | None = None,
         valid: Mapping[str, Bool[Array, " _"]] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[dict[str, Float[Array, "_ _"]], dict[str, Float[Array, "_ _"]]]:
@@ -208,6 +239,7 @@ class AnchorTransformer(eqx.Module):
         - `anchors`: coordinates, for every branch.
         - `queries`: coordinates, for any branch; none if not given.
         - `geometry`: what every point attends to first, if the model is built for it.
+        - `conditions`: the numbers that modulate the blocks, if the model is built for any.
         - `valid`: which anchors are no padding, for any branch; all if not given. The output of
             padding is meaningless.
         - `key`: for dropout; needed if there is any, unless switched off by
@@ -220,7 +252,8 @@ class AnchorTransformer(eqx.Module):
         queries = {} if queries is None else queries
         self._check(anchors, queries, geometry)
         keys = (None, None) if key is None else jax.random.split(key)
-        x, context, mask = self._embed(anchors, queries, valid)
+        vector = condition_vector("AnchorTransformer", self.condition_embedding, conditions)
+        x, context, mask = self._embed(anchors, queries, valid, vector)
         if self.geometry_block is not None:
             x = self.geometry_block(x, context=geometry, key=keys[0])
         x = self.stack(x, context=context, mask=mask, key=keys[1])
@@ -233,6 +266,7 @@ class AnchorTransformer(eqx.Module):
         anchors: Mapping[str, Float[Array, "_ dims"]],
         *,
         geometry: Source | None = None,
+        conditions: Float[Array, " conditions"] | None = None,
         valid: Mapping[str, Bool[Array, " _"]] | None = None,
     ) -> tuple[dict[str, Float[Array, "_ _"]], AnchorState]:
         """The output at the anchors, and what `decode` needs of them.
@@ -240,13 +274,15 @@ class AnchorTransformer(eqx.Module):
         Arguments are those of `__call__`; there is no dropout.
         """
         self._check(anchors, {}, geometry)
-        x, context, mask = self._embed(anchors, {}, valid)
+        vector = condition_vector("AnchorTransformer", self.condition_embedding, conditions)
+        x, context, mask = self._embed(anchors, {}, valid, vector)
         of_geometry = None
         if self.geometry_block is not None:
             of_geometry = self.geometry_block.init_cache(0, context=geometry)
             x, _ = self.geometry_block.extend(x, of_geometry)
         x, blocks = self.stack.extend(x, self.stack.init_cache(0), context=context, mask=mask)
-        return dict(self._outputs(x, list(anchors.items()))), AnchorState(of_geometry, blocks)
+        state = AnchorState(of_geometry, blocks, vector)
+        return dict(self._outputs(x, list(anchors.items()))), state
 
     @jax.named_scope("eqx_transformer.models.AnchorTransformer.decode")
     def decode(
@@ -254,7 +290,7 @@ class AnchorTransformer(eqx.Module):
     ) -> dict[str, Float[Array, "_ _"]]:
         """The output at queries, given what `encode` returned; what `__call__` gives for them."""
         _check_names("queries", queries, self.config.branches)
-        x, context, _ = self._embed({}, queries, None)
+        x, context, _ = self._embed({}, queries, None, state.vector)
         if self.geometry_block is not None:
             x, _ = self.geometry_block.extend(x, state.geometry)
         x, _ = self.stack.extend(x, state.blocks, context=context)
@@ -284,6 +320,7 @@ class AnchorTransformer(eqx.Module):
         anchors: Mapping[str, Array],
         queries: Mapping[str, Array],
         valid: Mapping[str, Array] | None,
+        vector: Array | None,
     ) -> tuple[Array, Condition, Padding | None]:
         """Vectors of all points, what blocks are told of them, and which are padding."""
         valid = {} if valid is None else valid
@@ -308,7 +345,7 @@ class AnchorTransformer(eqx.Module):
         parts = _split(vectors, points)
         x = jnp.concatenate([self.projs[name](part) for name, part in parts])
         mask = None if flags is None else Padding(flags)
-        return x, Condition(coordinates, tokens=tuple(tokens)), mask
+        return x, Condition(coordinates, vector, tuple(tokens)), mask
 
     def _outputs(self, x: Array, points: list[tuple[str, Array]]) -> list[tuple[str, Array]]:
         return [(name, self.heads[name](part)) for name, part in _split(self.norm(x), points)]

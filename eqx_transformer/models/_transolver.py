@@ -14,10 +14,10 @@ from ..nn import (
     Linear,
     SliceAttention,
 )
-from ..stacks import Stack, TransformerBlock
+from ..stacks import Condition, Stack, TransformerBlock, linear_drop_path
 from ._checks import check_heads, check_positive, check_rates, check_sizes
 from ._config import AbstractConfig
-from ._physics_parts import pre_norm_block
+from ._physics_parts import ConditionEmbedding, condition_vector, pre_norm_block
 from ._vocabulary import REMAT
 
 
@@ -75,6 +75,10 @@ class TransolverConfig(AbstractConfig):
         )
         check_positive(self, "norm_eps", "layer_scale")
         check_rates(self, "dropout_rate", "drop_path_rate")
+        if self.num_conditions < 0:
+            raise ValueError(
+                f"TransolverConfig: num_conditions={self.num_conditions} must not be negative."
+            )
         check_heads(self, None, None)
 
 
@@ -88,6 +92,7 @@ class Transolver(eqx.Module):
     config: TransolverConfig = eqx.field(static=True)
     up_proj: AbstractLinear
     down_proj: AbstractLinear
+    condition_embedding: ConditionEmbedding | None
     stack: Stack
     norm: LayerNorm
     head: AbstractLinear
@@ -98,18 +103,24 @@ class Transolver(eqx.Module):
         - `config`: the numbers.
         - `key`: for the initial weights.
         """
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(key, 5)
         size = config.d_model
         self.config = config
         self.up_proj = Linear(config.num_features, 2 * size, use_bias=True, key=keys[0])
         self.down_proj = Linear(2 * size, size, use_bias=True, key=keys[1])
-        self.stack = Stack(
+        self.condition_embedding = None
+        if config.num_conditions:
+            self.condition_embedding = ConditionEmbedding(config.num_conditions, size, key=keys[4])
+        stack = Stack(
             functools.partial(_make_block, config),
             config.num_layers,
             remat=REMAT[config.remat],
             unroll=min(config.unroll, config.num_layers),
             key=keys[2],
         )
+        if config.drop_path_rate > 0:
+            stack = linear_drop_path(stack, config.drop_path_rate)
+        self.stack = stack
         self.norm = LayerNorm(size, eps=config.norm_eps)
         self.head = Linear(size, config.out_features, use_bias=True, key=keys[3])
 
@@ -119,6 +130,7 @@ class Transolver(eqx.Module):
         self,
         features: Float[Array, "points num_features"],
         *,
+        conditions: Float[Array, " conditions"] | None = None,
         mask: AbstractMask | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "points out_features"]:
@@ -127,12 +139,15 @@ class Transolver(eqx.Module):
         Arguments:
 
         - `features`: what is known there: coordinates, and whatever else.
+        - `conditions`: the numbers that modulate the blocks, if the model is built for any.
         - `mask`: `Padding(valid)` where some points are padding; the output there is meaningless.
         - `key`: for dropout and Gumbel noise; needed if there is any, unless switched off by
             `eqx.nn.inference_mode`.
         """
+        vector = condition_vector("Transolver", self.condition_embedding, conditions)
         x = self.down_proj(jax.nn.gelu(self.up_proj(features)))
-        return self.head(self.norm(self.stack(x, mask=mask, key=key)))
+        x = self.stack(x, context=Condition(vector=vector), mask=mask, key=key)
+        return self.head(self.norm(x))
 
 
 def _make_block(config: TransolverConfig, *, key: PRNGKeyArray) -> TransformerBlock:

@@ -17,10 +17,15 @@ from ..nn import (
     SinusoidalCoordinates,
     SupernodePooling,
 )
-from ..stacks import Source, Stack, TransformerBlock
+from ..stacks import Condition, Source, Stack, TransformerBlock, linear_drop_path
 from ._checks import check_heads, check_positive, check_rates, check_sizes
 from ._config import AbstractConfig
-from ._physics_parts import perceiver_block, pre_norm_block
+from ._physics_parts import (
+    ConditionEmbedding,
+    condition_vector,
+    perceiver_block,
+    pre_norm_block,
+)
 from ._vocabulary import REMAT
 
 
@@ -41,15 +46,15 @@ class UPTConfig(AbstractConfig):
     - `num_neighbours`, `radius`: which points a supernode gathers; see `SupernodePooling`.
     - `wavelength_base`: of the vectors of coordinates; see `SinusoidalCoordinates`. Their shortest
         wavelength is `2 pi`, so scale coordinates to some hundreds.
-    - `num_conditions`: how many numbers modulate the blocks of supernodes (adaLN-Zero); may be 0. Their
-        vectors are those of a `TimestepEmbedding`, so scale them to some hundreds.
+    - `num_conditions`: how many numbers modulate the blocks of supernodes (adaLN-Zero); may be 0.
+        Their vectors are those of a `TimestepEmbedding`, so scale them to some hundreds.
     - `norm_eps`: added to the variance in norms.
     - `dropout_rate`: the probability with which an element of a residual branch, or an attention
         weight, is dropped.
-    - `layer_scale`: initial factor of the learned scale of each branch of these blocks;
-        `None` for no scale.
-    - `drop_path_rate`: the probability with which the last of these blocks drops its
-        branches; that of the others grows from zero, linearly.
+    - `layer_scale`: initial factor of the learned scale of each branch of these blocks; `None` for
+        no scale.
+    - `drop_path_rate`: the probability with which the last of these blocks drops its branches;
+        that of the others grows from zero, linearly.
     - `remat`, `unroll`: see `DiTConfig`.
     """
 
@@ -81,6 +86,10 @@ class UPTConfig(AbstractConfig):
         )
         if self.num_features < 0:
             raise ValueError(f"UPTConfig: num_features={self.num_features} must not be negative.")
+        if self.num_conditions < 0:
+            raise ValueError(
+                f"UPTConfig: num_conditions={self.num_conditions} must not be negative."
+            )
         check_positive(self, "radius", "wavelength_base", "norm_eps", "layer_scale")
         check_rates(self, "dropout_rate", "drop_path_rate")
         check_heads(self, None, None)
@@ -96,6 +105,7 @@ class UPT(eqx.Module):
 
     config: UPTConfig = eqx.field(static=True)
     pooling: SupernodePooling
+    condition_embedding: ConditionEmbedding | None
     encoder: Stack
     norm: LayerNorm
     embedding: SinusoidalCoordinates
@@ -110,7 +120,7 @@ class UPT(eqx.Module):
         - `config`: the numbers.
         - `key`: for the initial weights.
         """
-        keys = jax.random.split(key, 5)
+        keys = jax.random.split(key, 6)
         size, remat = config.d_model, REMAT[config.remat]
         self.config = config
         self.pooling = SupernodePooling(
@@ -122,13 +132,19 @@ class UPT(eqx.Module):
             theta=config.wavelength_base,
             key=keys[0],
         )
-        self.encoder = Stack(
+        self.condition_embedding = None
+        if config.num_conditions:
+            self.condition_embedding = ConditionEmbedding(config.num_conditions, size, key=keys[5])
+        encoder = Stack(
             functools.partial(_make_block, config),
             config.num_layers,
             remat=remat,
             unroll=min(config.unroll, config.num_layers),
             key=keys[1],
         )
+        if config.drop_path_rate > 0:
+            encoder = linear_drop_path(encoder, config.drop_path_rate)
+        self.encoder = encoder
         self.norm = LayerNorm(size, eps=config.norm_eps)
         self.embedding = SinusoidalCoordinates(config.num_dims, size, config.wavelength_base)
         self.query_proj = Linear(size, size, use_bias=True, key=keys[2])
@@ -158,12 +174,14 @@ class UPT(eqx.Module):
         queries: Float[Array, "queries dims"],
         features: Float[Array, "points features"] | None = None,
         *,
+        conditions: Float[Array, " conditions"] | None = None,
         mask: AbstractMask | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "queries out_features"]:
         """`decode` at `queries` of `encode`."""
         keys = (None, None) if key is None else jax.random.split(key)
-        source = self.encode(coordinates, supernodes, features, mask=mask, key=keys[0])
+        options = {"conditions": conditions, "mask": mask, "key": keys[0]}
+        source = self.encode(coordinates, supernodes, features, **options)
         return self.decode(source, queries, key=keys[1])
 
     @unbatched(coordinates="points dims")
@@ -173,6 +191,7 @@ class UPT(eqx.Module):
         supernodes: Int[Array, " supernodes"],
         features: Float[Array, "points features"] | None = None,
         *,
+        conditions: Float[Array, " conditions"] | None = None,
         mask: AbstractMask | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Source:
@@ -182,13 +201,16 @@ class UPT(eqx.Module):
 
         - `coordinates`, `features`: where the points are, and what is known there besides.
         - `supernodes`: which of them are supernodes.
+        - `conditions`: the numbers that modulate the blocks, if the model is built for any.
         - `mask`: `Padding(valid)` where some points are padding; supernodes may be among them.
         - `key`: for dropout; needed if there is any, unless switched off by
             `eqx.nn.inference_mode`.
         """
+        vector = condition_vector("UPT", self.condition_embedding, conditions)
         x = self.pooling(coordinates, supernodes, features, mask=mask)
         padding = Padding(mask.valid[supernodes]) if isinstance(mask, Padding) else None
-        return Source(self.norm(self.encoder(x, mask=padding, key=key)), padding)
+        x = self.encoder(x, context=Condition(vector=vector), mask=padding, key=key)
+        return Source(self.norm(x), padding)
 
     @unbatched(queries="queries dims")
     def decode(

@@ -18,6 +18,7 @@ from eqx_transformer.models import (
     TransolverConfig,
     UPTConfig,
 )
+from eqx_transformer.nn import DropPath, LayerScale, Modulation
 from eqx_transformer.stacks import Source
 
 POINTS, DIMS = 9, 2
@@ -183,19 +184,23 @@ FIELDS = {
         *({"num_features": 4}, {"out_features": 3}, {"d_model": 4}, {"num_layers": 3}),
         *({"num_heads": 1}, {"num_slices": 4}, {"d_ff": None}, {"adaptive_temperature": True}),
         *({"gumbel": True}, {"separate_values": False}, {"norm_eps": 0.1}, {"dropout_rate": 0.5}),
+        *({"num_conditions": 2}, {"layer_scale": 1e-4}, {"drop_path_rate": 0.5}),
         *({"remat": "full"}, {"unroll": 2}),
     ],
     UPTConfig: [
         *({"num_dims": 3}, {"out_features": 3}, {"num_features": 0}, {"d_model": 12}),
         *({"num_layers": 3}, {"num_decoder_layers": 2}, {"num_heads": 1}, {"d_ff": None}),
         *({"num_neighbours": 2}, {"radius": 0.5}, {"wavelength_base": 20.0}, {"norm_eps": 0.1}),
-        *({"dropout_rate": 0.5}, {"remat": "full"}, {"unroll": 2}),
+        *({"dropout_rate": 0.5}, {"num_conditions": 2}, {"layer_scale": 1e-4}),
+        *({"drop_path_rate": 0.5}, {"remat": "full"}, {"unroll": 2}),
     ],
     AnchorTransformerConfig: [
         *({"num_dims": 1}, {"branches": ("surface", "inlet")}, {"out_features": (1, 4)}),
         *({"d_model": 16}, {"num_layers": 4}, {"patterns": ("self",)}, {"num_heads": 1}),
         *({"d_ff": None}, {"d_geometry": 6}, {"wavelength_base": 20.0}, {"rope_theta": 10.0}),
         *({"rope_scale": 2.0}, {"qk_norm": True}, {"norm_eps": 0.1}, {"dropout_rate": 0.5}),
+        *({"num_conditions": 2}, {"layer_scale": 1e-4}),
+        {"drop_path_rate": 0.5, "patterns": ("joint",)},
         *({"remat": "full"}, {"unroll": 2, "patterns": ("joint",)}),
     ],
 }
@@ -213,10 +218,100 @@ def test_every_field_changes_what_is_built(config):
         field.name for field in dataclasses.fields(config)
     }
     for change in FIELDS[config]:
-        before = plain if "unroll" not in change else plain.replace(**{**change, "unroll": 1})
+        field = next(iter(change))  # the others are what it needs
+        before = plain.replace(**{**change, field: getattr(plain, field)})
         after = plain.replace(**change)
         assert config.from_json(after.to_json()) == after
         assert built(model, before) != built(model, after), change
+
+
+def conditioned(model, key):
+    """Modulations that do something: they begin as zero."""
+    return jax.tree.map(
+        lambda x: (
+            eqx.tree_at(lambda m: m.proj.weight, x, 0.3 * jr.normal(key, x.proj.weight.shape))
+            if isinstance(x, Modulation)
+            else x
+        ),
+        model,
+        is_leaf=lambda x: isinstance(x, Modulation),
+    )
+
+
+def _is_drop_path(x):
+    return isinstance(x, DropPath)
+
+
+@pytest.mark.parametrize("config", PLAIN)
+def test_conditions_modulate(config, getkey):
+    made, plain = PLAIN[config]
+    key = getkey()
+    changes = {"num_conditions": 2, "layer_scale": 0.5, "drop_path_rate": 0.5}
+    if config is AnchorTransformerConfig:
+        changes["patterns"] = ("joint",)
+    fresh = eqx.nn.inference_mode(made(plain.replace(**changes), key=key))
+    paths = [x for x in jax.tree.leaves(fresh, is_leaf=_is_drop_path) if _is_drop_path(x)]
+    for path in paths:
+        np.testing.assert_allclose(path.rate, [0, 0.5])
+    where, known = jr.normal(jr.key(1), (POINTS, DIMS)), jr.normal(jr.key(2), (POINTS, 3))
+
+    @eqx.filter_jit
+    def run(model, conditions):
+        if config is TransolverConfig:
+            return model(known, conditions=conditions)
+        if config is UPTConfig:
+            supernodes = jnp.asarray(SUPERNODES)
+            return model(where, supernodes, where[:4], known[:, :1], conditions=conditions)
+        anchors, _ = anchors_and_queries(jr.key(3))
+        return model(anchors, conditions=conditions)[0]["volume"]
+
+    a, b = jnp.asarray([1.0, 2.0]), jnp.asarray([1.0, 2.5])
+    model = conditioned(fresh, key)
+    assert not jnp.allclose(run(model, a), run(model, b), atol=1e-3)
+    # adaLN-Zero: to begin with, every block is the identity.
+    np.testing.assert_array_equal(run(fresh, a), run(fresh, b))
+    for bad, count in ((None, 0), (a[:1], 1)):
+        with pytest.raises(ValueError, match=f"{count} conditions, but num_conditions=2"):
+            run(model, bad)
+    with pytest.raises(ValueError, match="2 conditions, but num_conditions=0"):
+        run(eqx.filter_eval_shape(made, plain, key=key), a)
+
+
+def test_branches_are_scaled_and_dropped(getkey):
+    config = TRANSOLVER.replace(layer_scale=0.5, drop_path_rate=0.5)
+    model, x = Transolver(config, key=getkey()), jr.normal(getkey(), (POINTS, 3))
+    run = eqx.filter_jit(lambda model, key=None: model(x, key=key))
+    with pytest.raises(RuntimeError, match="DropPath: a key is needed"):
+        run(model)
+    dropped = [run(model, jr.key(i)) for i in range(4)]
+    assert any(not jnp.allclose(dropped[0], y, atol=1e-4) for y in dropped[1:])
+    sure = run(eqx.nn.inference_mode(model))
+    # Without a scale there is nothing to drop.
+    nothing = jax.tree.map(
+        lambda x: jax.tree.map(jnp.zeros_like, x) if isinstance(x, LayerScale) else x,
+        model,
+        is_leaf=lambda x: isinstance(x, LayerScale),
+    )
+    np.testing.assert_array_equal(run(nothing, jr.key(0)), run(nothing, jr.key(1)))
+    assert not jnp.allclose(run(nothing, jr.key(0)), sure, atol=1e-3)
+
+
+def test_conditions_are_cached(getkey, x64):
+    """Anchors know the conditions, and so do queries that come later."""
+    config = ANCHOR.replace(num_conditions=1, patterns=("joint",), num_layers=1)
+    model = conditioned(AnchorTransformer(config, key=getkey()), getkey())
+    anchors, queries = anchors_and_queries(getkey())
+
+    @eqx.filter_jit
+    def both(model, conditions):
+        _, state = model.encode(anchors, conditions=conditions)
+        return model(anchors, queries, conditions=conditions)[1], model.decode(state, queries)
+
+    expected, out = both(model, jr.normal(getkey(), (1,)))
+    other, _ = both(model, jr.normal(getkey(), (1,)))
+    for name in queries:
+        np.testing.assert_allclose(out[name], expected[name], rtol=1e-9, atol=1e-10)
+        assert not jnp.allclose(other[name], expected[name], atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -226,9 +321,15 @@ def test_every_field_changes_what_is_built(config):
         (lambda: TRANSOLVER.replace(num_heads=3), "not a multiple of num_heads=3"),
         (lambda: UPT_CONFIG.replace(num_features=-1), "num_features=-1"),
         (lambda: UPT_CONFIG.replace(radius=-1.0), "radius=-1.0"),
+        (lambda: UPT_CONFIG.replace(num_conditions=-1), "num_conditions=-1"),
+        (lambda: TRANSOLVER.replace(num_conditions=-1), "num_conditions=-1"),
+        (lambda: ANCHOR.replace(num_conditions=-1), "num_conditions=-1"),
+        (lambda: ANCHOR.replace(layer_scale=0.0), r"layer_scale=0\.0 must be positive"),
+        (lambda: TRANSOLVER.replace(drop_path_rate=1.0), r"drop_path_rate=1\.0 must be"),
         (lambda: ANCHOR.replace(num_dims=3), r"head_dim=4 must be even and at least .* 6"),
         (lambda: ANCHOR.replace(out_features=(1,)), r"out_features=\(1,\) must be 2 numbers"),
         (lambda: ANCHOR.replace(num_layers=3), "num_layers=3 must be a multiple of the 2"),
+        (lambda: ANCHOR.replace(drop_path_rate=0.1), "at least twice the 2 patterns"),
         (lambda: ANCHOR.replace(branches=("a", "a")), "must be one or more different names"),
         (lambda: ANCHOR.replace(branches=("a",), out_features=(1,)), "has 'cross'"),
     ],
