@@ -140,12 +140,14 @@ class PagedKVCache(eqx.Module):
         - `num_kv_heads`, `head_dim`: the shape of one key, and of one value.
         - `num_seqs`: how many sequences there can be at a time.
         - `max_len`: how many positions one sequence can have, rounded up to whole pages.
-        - `dtype`: of keys and values.
+        - `dtype`: of keys and values, a floating one.
 
         Raises:
 
-        - `ValueError` if a number is less than one.
+        - `ValueError` if a number is less than one, or for another dtype.
         """
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"PagedKVCache: dtype={jnp.dtype(dtype)} must be floating.")
         for name, number in (
             ("num_pages", num_pages),
             ("page_size", page_size),

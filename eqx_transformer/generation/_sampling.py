@@ -67,7 +67,7 @@ def filter_logits(
         scaled = filter_min_p(scaled, min_p)
     if typical_p is not None:
         scaled = filter_typical_p(scaled, typical_p)
-    best = jnp.arange(logits.shape[0]) == jnp.argmax(logits)
+    best = jnp.arange(logits.shape[0], dtype=jnp.int32) == _most_probable(logits)
     greedy = jnp.where(best, jnp.zeros((), logits.dtype), -jnp.inf)
     return jnp.where(temperature > 0, scaled, greedy)
 
@@ -84,8 +84,20 @@ def sample(
 ) -> Int[Array, ""]:
     """Draws a token from the distribution whose logits `filter_logits` returns."""
     options = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p}
-    filtered = filter_logits(logits, temperature=temperature, **options)
-    return jax.random.categorical(key, filtered).astype(jnp.int32)
+
+    def drawn() -> Array:
+        filtered = filter_logits(logits, temperature=temperature, **options)
+        return jax.random.categorical(key, filtered).astype(jnp.int32)
+
+    # Random numbers for a whole vocabulary take longer than all else that is done here.
+    return jax.lax.cond(jnp.asarray(temperature) > 0, drawn, lambda: _most_probable(logits))
+
+
+def _most_probable(logits: Float[Array, " vocab"]) -> Int[Array, ""]:
+    """The first of the largest: `jnp.argmax`, which XLA on CPU computes one entry at a time."""
+    places = jnp.arange(logits.shape[0], dtype=jnp.int32)
+    largest = (logits == logits.max()) | jnp.isnan(logits)
+    return jnp.min(jnp.where(largest, places, logits.shape[0] - 1))
 
 
 def _smallest_set(

@@ -9,6 +9,7 @@ from ._attention_pooling import AttentionPooling as AttentionPooling
 from ._axial_rope import AxialRoPE as AxialRoPE
 from ._cache import KVCache as KVCache
 from ._cache import truncate as truncate
+from ._cache_storage import Int8Vectors as Int8Vectors
 from ._convolution import Convolution as Convolution
 from ._coordinates import SinusoidalCoordinates as SinusoidalCoordinates
 from ._coordinates import grid_coordinates as grid_coordinates
@@ -43,6 +44,8 @@ from ._position_grid import PositionGrid as PositionGrid
 from ._position_grid import bicubic_matrix as bicubic_matrix
 from ._positions import LearnedPositions as LearnedPositions
 from ._positions import SinusoidalPositions as SinusoidalPositions
+from ._quantized import Int8Linear as Int8Linear
+from ._quantized import quantized as quantized
 from ._reinitialized import reinitialized as reinitialized
 from ._ring_cache import RingCache as RingCache
 from ._rope import RoPE as RoPE

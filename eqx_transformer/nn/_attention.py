@@ -248,7 +248,8 @@ class Attention(AbstractAttention):
     def init_cache(self, max_len: int, dtype: DTypeLike | None = None) -> KVCache | RingCache:
         """An empty cache for `max_len` positions, stored in `dtype` or that of the weights.
 
-        If `mask` is a window that is smaller than that, the cache holds the window only.
+        If `mask` is a window that is smaller than that, the cache holds the window only. A `dtype`
+        of int8 takes the least memory; see `Int8Vectors`.
         """
         dtype = self.k_proj.weight.dtype if dtype is None else dtype
         num_kv_heads = self.k_proj.weight.shape[-1] // self.head_dim
@@ -294,7 +295,6 @@ class Attention(AbstractAttention):
         if isinstance(self.rope, RoPE) and not on_read:
             q, k = self.rope(q, positions), self.rope(k, positions)
         cache, k, v, kv_positions = cache.extended(k, v, length)
-        k, v = k.astype(x.dtype), v.astype(x.dtype)
         if isinstance(self.rope, RoPE) and on_read:
             q = self.rope(q, positions, length=cache.length)
             k = self.rope(k, kv_positions, length=cache.length)

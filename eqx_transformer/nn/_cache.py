@@ -8,18 +8,28 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from ._cache_storage import (
+    Int8Vectors,
+    as_floats,
+    empty,
+    heads_first,
+    heads_last,
+    slots_axis,
+    stored,
+)
+
 
 class KVCache(eqx.Module):
     """The keys and values of one attention layer, as a value.
 
     Slot `i` holds position `i`; the first `length` slots are filled. Heads come first, which is how
     attention reads them: in the other order they would be transposed, that is copied, for every
-    token. Every method returns a new cache and leaves the old one valid, so a search may fork it
-    and a draft be rolled back.
+    token. A single head has no axis. Every method returns a new cache and leaves the old one valid,
+    so a search may fork it and a draft be rolled back.
     """
 
-    k: Float[Array, "kv_heads max_len head_dim"]
-    v: Float[Array, "kv_heads max_len v_dim"]
+    k: Float[Array, "*kv_heads max_len head_dim"] | Int8Vectors
+    v: Float[Array, "*kv_heads max_len v_dim"] | Int8Vectors
     length: Int[Array, ""]
 
     @classmethod
@@ -38,19 +48,24 @@ class KVCache(eqx.Module):
 
         - `max_len`: how many positions fit.
         - `num_kv_heads`, `head_dim`: of the keys and values.
-        - `dtype`: what they are stored in; the default floating dtype if not given.
+        - `dtype`: what they are stored in: a floating dtype, the default one if not given; or int8,
+            see `Int8Vectors`.
         - `v_dim`: size of the values, where it is not that of the keys.
+
+        Raises:
+
+        - `ValueError` for a `max_len` below 1, or another dtype.
         """
         if max_len < 1:
             raise ValueError(f"KVCache: max_len={max_len} must be at least 1.")
         v_dim = head_dim if v_dim is None else v_dim
-        k, v = (jnp.zeros((num_kv_heads, max_len, size), dtype) for size in (head_dim, v_dim))
+        k, v = (empty(max_len, num_kv_heads, size, dtype) for size in (head_dim, v_dim))
         return cls(k, v, jnp.zeros((), jnp.int32))
 
     @property
     def max_len(self) -> int:
         """How many positions fit."""
-        return self.k.shape[1]
+        return self.k.shape[-2]
 
     def positions(self) -> Int[Array, " max_len"]:
         """The absolute position that each slot holds, -1 where it holds none."""
@@ -94,17 +109,17 @@ class KVCache(eqx.Module):
         start = jnp.minimum(self.length, self.max_len - seq)
 
         def write(old: Any, new: Any) -> Any:
-            new = jnp.swapaxes(new, 0, 1).astype(old.dtype)
             if length is not None:
-                valid = jnp.arange(seq, dtype=jnp.int32) < count
-                new = jnp.where(valid[None, :, None], new, 0)
-                new = jnp.roll(new, self.length - start, axis=1)
-                filled = start + jnp.arange(seq, dtype=jnp.int32) < self.length
-                kept = lax.dynamic_slice_in_dim(old, start, seq, axis=1)
-                new = jnp.where(filled[None, :, None], kept, new)
-            return lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+                axis, rows = slots_axis(old), jnp.arange(seq, dtype=jnp.int32)
+                new = jnp.where(jnp.broadcast_to((rows < count)[:, None], new.shape), new, 0)
+                new = jnp.roll(new, self.length - start, axis)
+                filled = jnp.broadcast_to((start + rows < self.length)[:, None], new.shape)
+                new = jnp.where(filled, lax.dynamic_slice_in_dim(old, start, seq, axis), new)
+            return lax.dynamic_update_slice_in_dim(old, new, start, slots_axis(old))
 
-        return KVCache(write(self.k, k), write(self.v, v), end)
+        new = (heads_first(stored(x, self.k.dtype)) for x in (k, v))
+        k, v = (jax.tree.map(write, *pair) for pair in zip((self.k, self.v), new, strict=True))
+        return KVCache(k, v, end)
 
     def extended(
         self,
@@ -118,10 +133,11 @@ class KVCache(eqx.Module):
 
         Returns:
 
-        The new cache; all keys and values; and their positions, -1 where there is nothing.
+        The new cache; all keys and values, in the dtype of the new ones; and their positions, -1
+        where there is nothing.
         """
         cache = self.append(k, v, length)
-        k, v = (jnp.swapaxes(x, 0, 1) for x in (cache.k, cache.v))
+        k, v = (heads_last(as_floats(x, k.dtype)) for x in (cache.k, cache.v))
         return cache, k, v, cache.positions()
 
     def truncate(self, length: int | Int[Array, ""]) -> "KVCache":

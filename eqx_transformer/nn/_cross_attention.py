@@ -7,6 +7,7 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from .._unbatched import unbatched
 from ..attention import AbstractMask, ScoreMod, dot_product_attention
 from ._attention import check_rate, head_sizes
+from ._cache_storage import Int8Vectors, as_floats, stored
 from ._linear import AbstractLinear, Linear
 from ._norm import RMSNorm
 
@@ -14,8 +15,12 @@ from ._norm import RMSNorm
 class Memory(eqx.Module):
     """Keys and values of a sequence that others attend to, projected once."""
 
-    k: Float[Array, "kv_seq kv_heads head_dim"]
-    v: Float[Array, "kv_seq kv_heads head_dim"]
+    k: Float[Array, "kv_seq kv_heads head_dim"] | Int8Vectors
+    v: Float[Array, "kv_seq kv_heads head_dim"] | Int8Vectors
+
+    def astype(self, dtype: DTypeLike) -> "Memory":
+        """The same, stored in another dtype, which may be int8; see `Int8Vectors`."""
+        return Memory(*(stored(x, dtype) for x in (self.k, self.v)))
 
 
 class CrossAttention(eqx.Module):
@@ -146,8 +151,8 @@ class CrossAttention(eqx.Module):
         q = self.q_proj(x).reshape(x.shape[0], -1, self.head_dim)
         out = self.attention_fn(
             q if self.q_norm is None else self.q_norm(q),
-            memory.k.astype(x.dtype),
-            memory.v.astype(x.dtype),
+            as_floats(memory.k, x.dtype),
+            as_floats(memory.v, x.dtype),
             mask=mask,
             score_mod=self.score_mod,
             scale=self.scale,

@@ -169,7 +169,13 @@ class LinearAttention(AbstractAttention):
         It is kept in `dtype`, or that of the weights, but in float32 at least: these are sums over
         the whole sequence.
         """
-        wide = accumulation_dtype(self.k_proj.weight.dtype if dtype is None else dtype)
+        dtype = jnp.dtype(self.k_proj.weight.dtype if dtype is None else dtype)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"LinearAttention: dtype={dtype} must be floating, because the state is a sum over "
+                "positions; its size does not grow with them."
+            )
+        wide = accumulation_dtype(dtype)
         num_kv_heads = self.k_proj.weight.shape[-1] // self.head_dim
         if max_len < 1:
             raise ValueError(f"LinearAttention: max_len={max_len} must be at least 1.")

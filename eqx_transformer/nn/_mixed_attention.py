@@ -162,8 +162,18 @@ class MixedAttention(AbstractAttention):
         """A cache without groups, which will store them in `dtype` or that of the weights.
 
         Groups are stored as they come, so `max_len` makes no difference.
+
+        Raises:
+
+        - `ValueError` for a dtype that is not floating.
         """
-        return GroupCache({}, self.k_proj.weight.dtype if dtype is None else jnp.dtype(dtype))
+        dtype = self.k_proj.weight.dtype if dtype is None else jnp.dtype(dtype)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"MixedAttention: dtype={dtype} must be floating; only groups that are attended to "
+                "are cached, once and not token by token."
+            )
+        return GroupCache({}, dtype)
 
     @jax.named_scope("eqx_transformer.nn.MixedAttention.extend")
     @unbatched(x="seq d_model")

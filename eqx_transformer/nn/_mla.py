@@ -170,9 +170,19 @@ class LatentAttention(AbstractAttention):
 
         Its keys are the latent vectors, normalised, with the rotary part of the keys behind them;
         its values are empty.
+
+        Raises:
+
+        - `ValueError` for int8: the two parts would share a scale, and the greater of them drown
+            the other.
         """
         weight = self.kv_down_proj.weight
         dtype = weight.dtype if dtype is None else dtype
+        if jnp.dtype(dtype) == jnp.int8:
+            raise ValueError(
+                "LatentAttention: dtype=int8 has one scale for the latent vector and the rotary "
+                "part of the keys, whose sizes differ; use bfloat16."
+            )
         return KVCache.init(max_len, 1, weight.shape[-1], dtype, v_dim=0)
 
     @jax.named_scope("eqx_transformer.nn.LatentAttention.extend")
@@ -192,7 +202,6 @@ class LatentAttention(AbstractAttention):
         positions = cache.length + jnp.arange(x.shape[0], dtype=jnp.int32)
         q, new = self._project(x, positions)
         cache, latents, _, kv_positions = cache.extended(new, new[..., :0], length)
-        latents = latents.astype(x.dtype)
         mask = WRITTEN if mask is None else WRITTEN & mask
         where = (mask, positions, kv_positions, None)
         rank, seq = self.kv_norm.weight.shape[0], x.shape[0]

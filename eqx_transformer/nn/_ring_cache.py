@@ -3,9 +3,20 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int
+
+from ._cache_storage import (
+    Int8Vectors,
+    as_floats,
+    empty,
+    heads_first,
+    heads_last,
+    slots_axis,
+    stored,
+)
 
 _SPARE = 32
 
@@ -26,8 +37,8 @@ class RingCache(eqx.Module):
     - `window`: how many positions a query needs, its own included.
     """
 
-    k: Float[Array, "kv_heads slots head_dim"]
-    v: Float[Array, "kv_heads slots head_dim"]
+    k: Float[Array, "*kv_heads slots head_dim"] | Int8Vectors
+    v: Float[Array, "*kv_heads slots head_dim"] | Int8Vectors
     positions: Int[Array, " slots"]
     length: Int[Array, ""]
     window: int = eqx.field(static=True)
@@ -42,12 +53,16 @@ class RingCache(eqx.Module):
 
         - `window`: how many positions a query needs, its own included.
         - `num_kv_heads`, `head_dim`: of the keys and values.
-        - `dtype`: what they are stored in; the default floating dtype if not given.
+        - `dtype`: what they are stored in, as in `KVCache`.
+
+        Raises:
+
+        - `ValueError` for a dtype that is neither floating nor int8.
         """
         slots = window + _SPARE
-        empty = jnp.zeros((num_kv_heads, slots, head_dim), dtype)
+        k, v = (empty(slots, num_kv_heads, head_dim, dtype) for _ in range(2))
         nothing = jnp.full((slots,), -1, jnp.int32)
-        return cls(empty, jnp.array(empty), nothing, jnp.zeros((), jnp.int32), window)
+        return cls(k, v, nothing, jnp.zeros((), jnp.int32), window)
 
     @staticmethod
     def saves_memory(window: int, max_len: int) -> bool:
@@ -69,10 +84,10 @@ class RingCache(eqx.Module):
 
         Returns:
 
-        The new cache; the keys and values that the new positions need; and their positions, -1
-        where there is nothing.
+        The new cache; the keys and values that the new positions need, in the dtype of the new
+        ones; and their positions, -1 where there is nothing.
         """
-        seq, slots = k.shape[0], self.k.shape[1]
+        seq, slots, dtype = k.shape[0], self.positions.shape[0], k.dtype
         count = jnp.asarray(seq if length is None else length, jnp.int32)
         count = eqx.error_if(
             count,
@@ -82,14 +97,14 @@ class RingCache(eqx.Module):
         rows = jnp.arange(seq, dtype=jnp.int32)
         valid = rows < count
         new = jnp.where(valid, self.length + rows, -1)
-        k, v = (jnp.where(valid[:, None, None], x, 0).astype(self.k.dtype) for x in (k, v))
+        kept = (jnp.where(valid[:, None, None], x, 0) for x in (k, v))
+        added = (*(heads_first(stored(x, self.k.dtype)) for x in kept), new)
         # Of positions that would fall into one slot, the last.
-        kept = valid & (rows >= count - slots)
-        places = jnp.where(kept, new % slots, slots)
+        last = valid & (rows >= count - slots)
+        places = jnp.where(last, new % slots, slots)
 
         def write(old: Any, rows: Any) -> Any:
-            # Slots are the last but one axis of keys and values, and the only one of positions.
-            axis = max(old.ndim - 2, 0)
+            axis = slots_axis(old)
             if seq > 1:
                 at = (slice(None),) * axis + (places,)
                 return old.at[at].set(rows, mode="drop", unique_indices=True)
@@ -98,21 +113,16 @@ class RingCache(eqx.Module):
             row = jnp.where(valid[0], rows, lax.dynamic_slice_in_dim(old, start, 1, axis))
             return lax.dynamic_update_slice_in_dim(old, row, start, axis)
 
-        k, v = (jnp.swapaxes(x, 0, 1) for x in (k, v))
-        cache = RingCache(
-            write(self.k, k),
-            write(self.v, v),
-            write(self.positions, new),
-            self.length + count,
-            self.window,
-        )
-        if seq == 1:
-            k, v, positions = cache.k, cache.v, cache.positions
-        else:
+        before = (self.k, self.v, self.positions)
+        k, v, positions = jax.tree.map(write, before, added)
+        cache = RingCache(k, v, positions, self.length + count, self.window)
+        if seq > 1:
             # The first of several needs positions whose slots the last of them take.
-            k, v = (jnp.concatenate(x, axis=1) for x in ((self.k, k), (self.v, v)))
-            positions = jnp.concatenate([self.positions, new])
-        return cache, jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1), positions
+            k, v, positions = jax.tree.map(
+                lambda old, new: jnp.concatenate([old, new], slots_axis(old)), before, added
+            )
+        k, v = (heads_last(as_floats(x, dtype)) for x in (k, v))
+        return cache, k, v, positions
 
     def truncate(self, length: int | Int[Array, ""]) -> "RingCache":
         """The cache with only its first `length` positions, to take back what was appended.

@@ -102,7 +102,7 @@ class DecoderBlock(AbstractBlock):
         source = _given(context)
         memory = self.cross_attention.project(source.memory)
         if dtype is not None:
-            memory = jax.tree.map(lambda x: x.astype(dtype), memory)
+            memory = memory.astype(dtype)
         return DecoderCache(self.attention.init_cache(max_len, dtype), memory, source.mask)
 
     @unbatched(x="seq d_model")

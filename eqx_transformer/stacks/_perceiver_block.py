@@ -69,7 +69,7 @@ class PerceiverBlock(AbstractBlock):
             )
         memory = self.attention.project(context.memory)
         if dtype is not None:
-            memory = jax.tree.map(lambda x: x.astype(dtype), memory)
+            memory = memory.astype(dtype)
         return PerceiverCache(memory, context.mask)
 
     @unbatched(x="seq d_model")

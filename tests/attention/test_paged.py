@@ -265,6 +265,8 @@ def test_running_out_is_an_error():
         grow(small(), 1, 1).fork(jnp.array(0), jnp.array(1))
     with pytest.raises(ValueError, match="page_size=0"):
         small(page_size=0)
+    with pytest.raises(ValueError, match="dtype=int8 must be floating"):
+        small(dtype=jnp.int8)
 
 
 def test_a_fork_shares_full_pages_and_goes_its_own_way():

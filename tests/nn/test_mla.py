@@ -98,7 +98,7 @@ CHUNKINGS = {
 def test_cache_is_the_forward(x64, chunking):
     layer = _layer(q_rank=8, use_bias=True, kv_rank=30, score_mod=SoftCap(2.0))
     x, cache, outs, start = _x(), layer.init_cache(SEQ), [], 0
-    assert cache.k.shape == (1, SEQ, 30 + 4) and cache.v.size == 0
+    assert cache.k.shape == (SEQ, 30 + 4) and cache.v.size == 0
     extend = eqx.filter_jit(lambda x, cache, length: layer.extend(x, cache, length=length))
     for given, length in CHUNKINGS[chunking]:
         count = given if length is None else length

@@ -124,8 +124,11 @@ def test_decoder_block_is_three_branches(getkey):
     h = h + block.cross_attention(block.cross_residual.norm(h), memory)
     h = h + block.mlp(block.mlp_residual.norm(h))
     _close(block(x, context=Source(memory)), h)
-    narrow = block.init_cache(SEQ, jnp.bfloat16, context=Source(memory))
-    assert narrow.memory.k.dtype == narrow.target.k.dtype == jnp.bfloat16
+    for dtype in (jnp.bfloat16, jnp.int8):
+        narrow = block.init_cache(SEQ, dtype, context=Source(memory))
+        assert narrow.memory.k.dtype == narrow.target.k.dtype == dtype
+    first = block(x[:1], context=Source(memory))
+    np.testing.assert_allclose(block.extend(x[:1], narrow)[0], first, atol=0.05)
 
 
 def test_drop_path_grows_with_depth(getkey):

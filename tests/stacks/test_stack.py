@@ -145,7 +145,7 @@ def test_extend(getkey, options):
     stack = Stack(_make_block, DEPTH, key=getkey(), **options)
     x = jr.normal(getkey(), (SEQ, D_MODEL))
     cache = stack.init_cache(SEQ, jnp.float32)
-    assert cache.k.shape == (DEPTH, 1, SEQ, 4) and cache.length.shape == (DEPTH,)
+    assert cache.k.shape == (DEPTH, SEQ, 4) and cache.length.shape == (DEPTH,)
     first, cache = stack.extend(x[:2], cache)
     padded = jnp.pad(x[2:], ((0, 1), (0, 0)))
     second, cache = stack.extend(padded, cache, length=3)
