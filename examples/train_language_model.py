@@ -9,11 +9,14 @@ loaded again and samples the same text.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import pydoc_data.topics
+import signal
 import sys
 import sysconfig
+import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -192,6 +195,26 @@ def show(text: str) -> None:
     tqdm.write("\n".join(["", *(f"    | {line}" for line in text.splitlines()), ""]))
 
 
+@contextlib.contextmanager
+def interrupted() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets the first time, instead of raising an exception.
+
+    In the middle of a step, where the old model is given away and the new one is not there yet, an
+    exception would lose both.
+    """
+    event, before = threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def stop(*_: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def train(
     model: Llama, text: tuple[Packed, Packed], args: argparse.Namespace, history: History
 ) -> tuple[Llama, bool]:
@@ -208,8 +231,11 @@ def train(
     test_rows = held_out.rows(starts, args.context)
     progress = tqdm(total=args.steps, unit="step", dynamic_ncols=True)
     recent: list[Array] = []
-    try:
+    with interrupted() as stop, progress:
         for step, rows in enumerate(batches(training, args.batch, args.context, args.seed)):
+            if stop.is_set():
+                tqdm.write("interrupted: saving what there is")
+                return model, True
             if step % args.evaluate_every == 0 or step == args.steps:
                 cost = float(evaluate(model, test_rows))
                 history.held_out.append((step, cost))
@@ -229,11 +255,6 @@ def train(
                 speed = f"{rate * args.batch * args.context:,.0f}"
                 progress.set_postfix_str(f"{history.train[-1][1]:.3f} bits/byte, {speed} bytes/s")
             progress.update()
-    except KeyboardInterrupt:
-        tqdm.write("interrupted: saving what there is")
-        return model, True
-    finally:
-        progress.close()
     raise AssertionError("batches do not end")
 
 

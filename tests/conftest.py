@@ -28,6 +28,7 @@ with install_import_hook("eqx_transformer", "beartype.beartype"):
     import eqx_transformer.generation
     import eqx_transformer.interop
     import eqx_transformer.models
+    import eqx_transformer.sharding
     import eqx_transformer.training  # noqa: F401
 
 

@@ -1,10 +1,12 @@
-"""A vision transformer on CPU: time against that of transformers, in PyTorch.
+"""A vision transformer on CPU: time against those of transformers (PyTorch), Equimo and attnax.
 
     python tests/benchmarks/vit_cpu.py [--batch 8] [--layers 12] [--rounds 7] [--json FILE]
 
 ViT-S/16 at 224 with 1000 classes, float32: forward, and a step of training (cross-entropy and plain
-gradient descent). Both have the same weights, which `load_pretrained` brings over, and as many
-threads as there are cores. Needs torch and transformers (the group `parity`).
+gradient descent), with as many threads as there are cores. PyTorch's and ours have the same
+weights, which `load_pretrained` brings over, and are compared in what they compute; the others have
+as many parameters of their own. Needs torch and transformers (the group `parity`); Equimo and
+attnax take part if they are installed.
 """
 
 import argparse
@@ -22,6 +24,16 @@ import transformers
 from harness import interleaved, ratios
 
 from eqx_transformer.interop import load_pretrained
+
+try:
+    from equimo.models import vit as equimo_vit
+except ImportError:
+    equimo_vit = None
+try:
+    import attnax
+    from flax import nnx
+except ImportError:
+    attnax = nnx = None
 
 RATE = 1e-4
 
@@ -65,12 +77,28 @@ def torch_candidates(model, images, labels) -> dict:
     return {"forward": forward, "step": step}
 
 
-def candidates(model, images, labels) -> dict:
-    """The same here."""
-    forward = eqx.filter_jit(lambda model, images: jax.vmap(model)(images))
+def ours(model, images):
+    """The scores, from our model."""
+    return jax.vmap(model)(images)
+
+
+def of_equimo(model, images):
+    """The scores, from Equimo's model."""
+    return jax.vmap(lambda image: model(image, inference=True))(images)
+
+
+def of_attnax(model, images):
+    """The scores, from attnax's model, which has channels last."""
+    graph, state = model
+    return nnx.merge(graph, state)(jnp.moveaxis(images, 1, -1), deterministic=True)
+
+
+def candidates(call, model, images, labels) -> dict:
+    """The same with JAX, given how the model is called."""
+    forward = eqx.filter_jit(call)
 
     def loss_of(model, images, labels):
-        scores = jax.nn.log_softmax(jax.vmap(model)(images))
+        scores = jax.nn.log_softmax(call(model, images))
         return -jnp.take_along_axis(scores, labels[:, None], axis=1).mean()
 
     @eqx.filter_jit(donate="all-except-first")
@@ -88,6 +116,38 @@ def candidates(model, images, labels) -> dict:
     return {"forward": lambda: forward(model, images), "step": step}
 
 
+def peers(layers: int) -> dict:
+    """Other libraries' models of the same size, and how they are called."""
+    found = {}
+    if equimo_vit is not None:
+        found["Equimo"] = (
+            of_equimo,
+            equimo_vit.VisionTransformer(
+                img_size=224,
+                in_channels=3,
+                dim=384,
+                patch_size=16,
+                num_heads=6,
+                depths=[layers],
+                reg_tokens=0,
+                global_pool="token",
+                num_classes=1000,
+                key=jax.random.key(0),
+            ),
+        )
+    if attnax is not None:
+        config = attnax.VisionTransformerConfig(
+            d_model=384, num_heads=6, num_layers=layers, d_ff=1536, num_classes=1000
+        )
+        found["attnax"] = of_attnax, nnx.split(attnax.VisionTransformer(nnx.Rngs(0), config))
+    return found
+
+
+def size(model) -> int:
+    """How many parameters there are."""
+    return sum(x.size for x in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
+
+
 def main() -> None:
     """Prints the comparison as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -101,9 +161,17 @@ def main() -> None:
     images = rng.standard_normal((args.batch, 3, 224, 224)).astype(np.float32)
     labels = rng.integers(0, 1000, args.batch)
     reference = theirs(args.layers).eval()
-    ours = candidates(same_model(reference), jnp.asarray(images), jnp.asarray(labels, jnp.int32))
-    other = torch_candidates(reference, torch.from_numpy(images), torch.from_numpy(labels))
-    np.testing.assert_allclose(ours["forward"](), other["forward"](), rtol=1e-3, atol=1e-4)
+    data = jnp.asarray(images), jnp.asarray(labels, jnp.int32)
+    model = same_model(reference)
+    runs = {
+        "torch": torch_candidates(reference, torch.from_numpy(images), torch.from_numpy(labels)),
+        "ours": candidates(ours, model, *data),
+    }
+    mine, torchs = runs["ours"], runs["torch"]
+    np.testing.assert_allclose(mine["forward"](), torchs["forward"](), rtol=1e-3, atol=1e-4)
+    for name, (call, peer) in peers(args.layers).items():
+        assert abs(size(peer) / size(model) - 1) < 0.01, (name, size(peer), size(model))
+        runs[name] = candidates(call, peer, *data)
     result = {
         "jax": jax.__version__,
         "torch": torch.__version__,
@@ -111,12 +179,12 @@ def main() -> None:
         "arguments": {**vars(args), "json": None},
     }
     for name in ("forward", "step"):
-        seconds = interleaved({"torch": other[name], "ours": ours[name]}, args.rounds)
+        seconds = interleaved({key: run[name] for key, run in runs.items()}, args.rounds)
         result[name] = {
-            **{f"{key} seconds": min(values) for key, values in seconds.items()},
-            "times faster than torch": 1 / ratios(seconds, "torch")["ours"],
+            "seconds": {key: min(values) for key, values in seconds.items()},
+            "times as fast as": ratios(seconds, "ours"),
         }
-    np.testing.assert_allclose(ours["step"](), other["step"](), rtol=1e-3)
+    np.testing.assert_allclose(mine["step"](), torchs["step"](), rtol=1e-3)
     text = json.dumps(result, indent=2)
     print(text)
     if args.json:
