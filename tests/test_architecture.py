@@ -28,7 +28,11 @@ LAYER = {
     "sharding": "top",
     "training": "top",
 }
-NAMESPACES = ["", ".attention", ".nn", ".stacks", ".models", ".generation", ".interop", ".training"]
+NAMESPACES = [
+    "",
+    *(".attention", ".nn", ".stacks", ".models"),
+    *(".generation", ".interop", ".sharding", ".training"),
+]
 # JAX outside of its stable interface, and who alone may use it.
 UNSTABLE = {
     "jax.extend": {"attention/_linear_map.py", "attention/_kernels/_launch.py"},

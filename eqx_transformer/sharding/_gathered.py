@@ -1,0 +1,125 @@
+"""Parameters that rest split over devices, and are gathered for the moment they are used."""
+
+from typing import Any, NamedTuple, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+from ..nn import AbstractLinear
+from ._place import auto, shardings
+from ._rules import Rules, check_axes, in_layer, map_arrays
+
+Model = TypeVar("Model")
+
+
+def gathered(
+    model: Model, mesh: Mesh, rules: Rules | None = None, *, dtype: DTypeLike | None = None
+) -> Model:
+    """The model for use inside a loss, when its parameters are split over an FSDP axis.
+
+        def loss(model, batch):
+            model = gathered(model, mesh)
+            ...
+
+    Without it the compiler is free to leave a weight split and to gather the activations, of all
+    examples, instead, and where those are small it does. With it every device gathers a weight when
+    its layer is computed, and once more for its gradient, and computes on its own examples.
+    Gradients come out split as the parameters are, on any mesh.
+
+    The result is for computing: save, and differentiate with respect to, what it is made of. It
+    is not for use inside `jax.shard_map`.
+
+    Arguments:
+
+    - `model`: the model, inside `jax.jit`.
+    - `mesh`, `rules`: those it was placed with.
+    - `dtype`: what parameters are rounded to while they travel, e.g. bfloat16 for half the bytes.
+        Layers get them in their own dtype.
+    """
+    rules, mesh = check_axes(mesh, rules), auto(mesh)
+    params, static = eqx.partition(model, eqx.is_array)
+    # The cotangents get the same constraint.
+    params = jax.lax.with_sharding_constraint(params, shardings(params, mesh, rules))
+    model = eqx.combine(params, static)
+
+    def gather_of(path: str, x: Any, stacked: tuple[str, ...]) -> _Gather | None:
+        rest = in_layer(path, x, stacked, mesh, rules)
+        use = in_layer(path, x, stacked, mesh, rules, fsdp=False)
+        if rest == use:
+            return None
+        to = jnp.dtype(x.dtype if dtype is None or not eqx.is_inexact_array(x) else dtype)
+        return _Gather(NamedSharding(mesh, P(*rest)), NamedSharding(mesh, P(*use)), to)
+
+    def visit(path: str, x: Any, stacked: tuple[str, ...]) -> Any:
+        if not isinstance(x, AbstractLinear):
+            gather = gather_of(path, x, stacked)
+            # Layers of a stack are gathered one at a time, by their projections.
+            return x if stacked or gather is None else gather(x)
+        leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(x, eqx.is_array))
+        names = [jax.tree_util.keystr(name, simple=True, separator=".") for name, _ in leaves]
+        gathers = tuple(
+            gather_of(f"{path}.{name}".lstrip("."), leaf, stacked)
+            for name, (_, leaf) in zip(names, leaves, strict=True)
+        )
+        return x if gathers == (None,) * len(gathers) else _GatheredLinear(x, gathers)
+
+    return map_arrays(visit, model, is_leaf=lambda x: isinstance(x, AbstractLinear), replace=True)
+
+
+class _Gather(NamedTuple):
+    """From how an array in one layer rests to how it is used."""
+
+    rest: NamedSharding
+    use: NamedSharding
+    dtype: Any
+
+    def __call__(self, x: Array) -> Array:
+        dtype = x.dtype
+        x = x.astype(self.dtype)
+        # Both: between them it travels, in this dtype, and its cotangent back.
+        for sharding in (self.rest, self.use):
+            more = (P.UNCONSTRAINED,) * (x.ndim - len(sharding.spec))  # axes that count layers
+            spec = P(*more, *sharding.spec)
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+        return x.astype(dtype)
+
+
+class _GatheredLinear(AbstractLinear):
+    """A linear map whose parameters are gathered when it is called."""
+
+    base: AbstractLinear
+    gathers: tuple[_Gather | None, ...] = eqx.field(static=True)
+
+    def __init__(self, base: AbstractLinear, gathers: tuple[_Gather | None, ...]):
+        self.base = base
+        self.gathers = gathers
+
+    @property
+    def weight(self) -> Float[Array, "*stack in_features out_features"]:
+        return self._gathered(self.base).weight
+
+    @property
+    def bias(self) -> Float[Array, "*stack out_features"] | None:
+        return self._gathered(self.base).bias
+
+    def __call__(
+        self, x: Float[Array, "*batch in_features"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch out_features"]:
+        params, static = eqx.partition(self.base, eqx.is_array)
+
+        def apply(params: Any, x: Array) -> Array:
+            return self._gathered(eqx.combine(params, static))(x)
+
+        # Reverse mode would keep the gathered weights of all layers otherwise.
+        return jax.checkpoint(apply)(params, x)
+
+    def _gathered(self, base: AbstractLinear) -> AbstractLinear:
+        params, static = eqx.partition(base, eqx.is_array)
+        leaves, treedef = jax.tree.flatten(params)
+        pairs = zip(self.gathers, leaves, strict=True)
+        leaves = [x if gather is None else gather(x) for gather, x in pairs]
+        return eqx.combine(jax.tree.unflatten(treedef, leaves), static)

@@ -1,0 +1,89 @@
+"""Arrays put where the rules say."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PRNGKeyArray, PyTree
+
+from ._rules import Rules, check_axes, mesh_size, specs
+
+Model = TypeVar("Model")
+
+
+def shard(model: Model, mesh: Mesh, rules: Rules | None = None) -> Model:
+    """The model with its arrays split over devices.
+
+    It is the same model and used in the same way: what is computed with it under `jax.jit` is
+    computed on all devices. The state of an optimiser, which has the parameters' paths, is split
+    alike by the same function.
+
+    Arguments:
+
+    - `model`: the model, or any PyTree that contains such ones.
+    - `mesh`: the devices. Axes of the kind `Explicit`, as those of `jax.make_mesh` are, are taken
+        as `Auto`: layers leave it to the compiler how what they compute is split.
+    - `rules`: `Rules()` if not given.
+
+    Raises:
+
+    - `ValueError` as `specs`.
+    """
+    arrays, static = eqx.partition(model, eqx.is_array)
+    return eqx.combine(jax.device_put(arrays, shardings(arrays, mesh, rules)), static)
+
+
+def init_sharded(
+    make: Callable[..., Model], mesh: Mesh, rules: Rules | None = None, *, key: PRNGKeyArray
+) -> Model:
+    """Builds a model in its place: no device, and no host, ever holds all of it.
+
+    The weights are those that `make(key=key)` gives, up to rounding.
+
+    Arguments:
+
+    - `make`: `make(key=key)` builds the model, e.g. `equinox.Partial(Llama, config)`.
+    - `mesh`, `rules`: as in `shard`.
+    - `key`: for the initial weights.
+
+    Raises:
+
+    - `ValueError` as `specs`.
+    """
+    shapes = eqx.filter_eval_shape(lambda key: make(key=key), key)
+    _, static = eqx.partition(shapes, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+
+    def arrays(key: PRNGKeyArray) -> PyTree:
+        return eqx.filter(make(key=key), eqx.is_array)
+
+    return eqx.combine(jax.jit(arrays, out_shardings=shardings(shapes, mesh, rules))(key), static)
+
+
+def batch_sharding(mesh: Mesh, rules: Rules | None = None) -> NamedSharding:
+    """How the first axis of every array in a batch is split, for `jax.device_put`.
+
+    For several hosts, with a part of the batch each, it is what
+    `jax.make_array_from_process_local_data` is given.
+    """
+    rules = check_axes(mesh, rules)
+    names = tuple(name for name in rules.batch if mesh_size(mesh, name) > 1)
+    return NamedSharding(auto(mesh), P(names) if names else P())
+
+
+def shardings(model: PyTree, mesh: Mesh, rules: Rules | None) -> PyTree:
+    """The `NamedSharding` of every array."""
+    mesh = auto(mesh)
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        specs(model, mesh, rules),
+        is_leaf=lambda x: isinstance(x, P),
+    )
+
+
+def auto(mesh: Mesh) -> Mesh:
+    """The same devices, with all axes left to the compiler."""
+    kinds: Any = (AxisType.Auto,) * len(mesh.axis_names)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)

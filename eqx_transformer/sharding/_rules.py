@@ -1,0 +1,247 @@
+"""Which parameter is split over which axis of a mesh, as data."""
+
+import dataclasses
+import math
+import re
+from typing import Any, Final, NamedTuple
+
+import equinox as eqx
+import jax
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+from ..models._physics_parts import ConditionEmbedding
+from ..nn import MixtureOfExperts
+from ..stacks import Stack
+
+
+class Rule(NamedTuple):
+    """How the parameters whose paths match are split."""
+
+    pattern: str
+    """A regular expression that is searched in the path, such as
+    `"stack.blocks.attention.q_proj.weight"`."""
+    spec: P
+    """The mesh axes for the axes of the parameter in one layer and one expert. Those that count
+    layers and experts are not among them."""
+    required: bool = True
+    """Whether it is an error if a mesh axis does not divide an axis of the parameter, which is
+    otherwise not split there."""
+
+
+_COLUMNS = r"(^|\.)(q|k|v|gate|up|q_up|kv_up|h|f)_proj\.(base\.)?"
+_ROWS = r"(^|\.)(o|down)_proj\.(base\.)?"
+
+TENSOR: Final = (
+    Rule(_COLUMNS + r"(weight|values|b)$", P(None, "tensor")),
+    Rule(_COLUMNS + r"(bias|scale|magnitude)$", P("tensor")),
+    Rule(_ROWS + r"(weight|values|a)$", P("tensor", None)),
+    Rule(r"(^|\.)embedding\.weight$", P("tensor", None), required=False),
+    Rule(r"(^|\.)head\.weight$", P(None, "tensor"), required=False),
+    Rule(r"(^|\.)head\.bias$", P("tensor"), required=False),
+)
+"""Tensor parallelism for all models of the library. (Shoeybi et al., 2019, "Megatron-LM".)
+
+Projections into heads and hidden units are split by columns, those out of them by rows, so that a
+branch needs one sum over devices. Embeddings and heads are split over the vocabulary where it
+divides.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How a model and its batches are split over the axes of a mesh.
+
+    The mesh decides what kind of parallelism it is: axes that it does not have count as of length
+    one. As it comes, `"data"` splits the batch; `"fsdp"` the batch and the parameters, which are
+    gathered where they are used (see `gathered`); `"tensor"` heads and hidden units; `"expert"` the
+    experts of `MixtureOfExperts`, and the batch.
+
+    Arguments:
+
+    - `table`: the rules, of which the first that matches a path counts. What none matches is not
+        split.
+    - `fsdp`: a mesh axis that besides splits every large parameter, over its longest axis that is
+        free and divides. (Zhao et al., 2023; stage 3 of Rajbhandari et al., 2020.)
+    - `fsdp_min_size`: from how many elements on, in one layer and one expert.
+    - `expert`: a mesh axis that splits the axis which counts experts.
+    - `batch`: the mesh axes that split the first axis of a batch.
+    """
+
+    table: tuple[Rule, ...] = TENSOR
+    fsdp: str | None = "fsdp"
+    fsdp_min_size: int = 2**18
+    expert: str | None = "expert"
+    batch: tuple[str, ...] = ("data", "fsdp", "expert")
+
+    def __post_init__(self) -> None:
+        if self.fsdp_min_size < 0:
+            raise ValueError(f"Rules: fsdp_min_size={self.fsdp_min_size} must be at least 0.")
+        for rule in self.table:
+            try:
+                re.compile(rule.pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"Rules: the pattern {rule.pattern!r} is not a regular expression: {error}."
+                ) from None
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """All mesh axes that are named."""
+        names = {name for rule in self.table for entry in rule.spec for name in _names(entry)}
+        names.update(self.batch, *(_names(axis) for axis in (self.fsdp, self.expert)))
+        return frozenset(names)
+
+    def first(self, *rules: Rule) -> "Rules":
+        """The same, but these rules come before those there are."""
+        return dataclasses.replace(self, table=(*rules, *self.table))
+
+
+def specs(model: PyTree, mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> PyTree[P | None]:
+    """How every array of a model is split.
+
+    Arguments:
+
+    - `model`: the model, or only its shapes, as of `equinox.filter_eval_shape`.
+    - `mesh`: the devices, or only how many, as an `AbstractMesh`.
+    - `rules`: `Rules()` if not given.
+
+    Returns:
+
+    A PyTree of the same structure with a `PartitionSpec` for every array, and `None` for all else.
+
+    Raises:
+
+    - `ValueError` if a mesh axis does not divide what a rule splits over it, if a rule is for more
+        axes than the parameter has, or if the rules name no axis of the mesh.
+    """
+    rules = check_axes(mesh, rules)
+
+    def visit(path: str, x: Any, stacked: tuple[str, ...]) -> P:
+        entries = [
+            *leading(path, x, stacked, mesh, rules),
+            *in_layer(path, x, stacked, mesh, rules),
+        ]
+        # As the compiler writes it, or a second step would be compiled for what the first returned.
+        while entries and entries[-1] is None:
+            entries.pop()
+        return P(*entries)
+
+    return map_arrays(visit, model)
+
+
+def check_axes(mesh: Mesh | AbstractMesh, rules: Rules | None) -> Rules:
+    """The rules, which name an axis of the mesh."""
+    rules = Rules() if rules is None else rules
+    if not rules.axes.intersection(mesh.axis_names):
+        raise ValueError(
+            f"sharding: the mesh has the axes {tuple(mesh.axis_names)} but the rules are for "
+            f"{tuple(sorted(rules.axes))}; rename an axis of the mesh, or change the rules."
+        )
+    return rules
+
+
+def leading(
+    path: str, x: Any, stacked: tuple[str, ...], mesh: Mesh | AbstractMesh, rules: Rules
+) -> list[str | None]:
+    """What the axes that count layers and experts are split over."""
+    entries: list[str | None] = [None] * len(stacked)
+    size = mesh_size(mesh, rules.expert)
+    for axis, kind in enumerate(stacked):
+        if kind == "experts" and size > 1:
+            if x.shape[axis] % size:
+                raise ValueError(
+                    f"sharding: {path} has {x.shape[axis]} experts, which the {size} devices of "
+                    f"the mesh axis {rules.expert!r} do not divide; use as many as do."
+                )
+            entries[axis] = rules.expert
+    return entries
+
+
+def in_layer(
+    path: str,
+    x: Any,
+    stacked: tuple[str, ...],
+    mesh: Mesh | AbstractMesh,
+    rules: Rules,
+    *,
+    fsdp: bool = True,
+) -> list[Any]:
+    """What the axes of a parameter in one layer are split over."""
+    shape = x.shape[len(stacked) :]
+    entries: list[Any] = [None] * len(shape)
+    rule = next((rule for rule in rules.table if re.search(rule.pattern, path)), None)
+    for axis, entry in enumerate(() if rule is None else rule.spec):
+        assert rule is not None
+        names = [name for name in _names(entry) if mesh_size(mesh, name) > 1]
+        size = math.prod(mesh_size(mesh, name) for name in names)
+        if axis >= len(shape):
+            raise ValueError(
+                f"sharding: the rule {rule.pattern!r} is for {len(rule.spec)} axes, but {path} has "
+                f"{len(shape)} in one layer: {shape}."
+            )
+        if size > 1 and shape[axis] % size == 0:
+            entries[axis] = names[0] if len(names) == 1 else tuple(names)
+        elif size > 1 and rule.required:
+            raise ValueError(
+                f"sharding: {path} has {shape[axis]} elements along axis {axis} of one layer, "
+                f"which the {size} devices of {entry!r} do not divide; use as many as do, or leave "
+                f"it whole: rules.first(Rule({path!r}, P()))."
+            )
+    size = mesh_size(mesh, rules.fsdp)
+    if fsdp and size > 1 and math.prod(shape) >= rules.fsdp_min_size:
+        free = [i for i, n in enumerate(shape) if entries[i] is None and n % size == 0]
+        if free:
+            entries[max(free, key=lambda i: shape[i])] = rules.fsdp
+    return entries
+
+
+def mesh_size(mesh: Mesh | AbstractMesh, name: str | None) -> int:
+    """How many devices along an axis; one if there is none."""
+    return 1 if name is None else dict(mesh.shape).get(name, 1)
+
+
+_STACKED: Final = (
+    (Stack, "blocks", "layers"),
+    (MixtureOfExperts, "experts", "experts"),
+    (ConditionEmbedding, "embeddings", "conditions"),
+)
+"""Modules that hold many of a kind as one, in which field, and what the leading axis counts."""
+
+
+def map_arrays(
+    function: Any, model: PyTree, *, is_leaf: Any = None, replace: bool = False
+) -> PyTree:
+    """Applies `function(path, x, stacked)` to arrays and shapes, and to what `is_leaf` chooses.
+
+    `stacked` says what the leading axes count. All else becomes `None`, or stays with `replace`.
+    """
+
+    def visit(path: tuple[Any, ...], x: Any) -> Any:
+        chosen = is_leaf is not None and is_leaf(x)
+        if not (chosen or eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)):
+            return x if replace else None
+        node, stacked = model, []
+        for entry in path:
+            name = getattr(entry, "name", None)
+            stacked += [k for c, field, k in _STACKED if isinstance(node, c) and name == field]
+            node = _child(node, entry)
+        return function(jax.tree_util.keystr(path, simple=True, separator="."), x, tuple(stacked))
+
+    return jax.tree_util.tree_map_with_path(visit, model, is_leaf=is_leaf)
+
+
+def _child(node: Any, entry: Any) -> Any:
+    if isinstance(entry, jax.tree_util.GetAttrKey):
+        return getattr(node, entry.name)
+    if isinstance(entry, jax.tree_util.SequenceKey):
+        return node[entry.idx]
+    return node[entry.key]
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a `PartitionSpec`."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
