@@ -9,9 +9,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
+from ..models._places import Place, map_with_place
 from ..nn import AbstractLinear
 from ._place import auto, shardings
-from ._rules import Rules, check_axes, in_layer, map_arrays
+from ._rules import Rules, check_axes, in_layer, is_shaped
 
 Model = TypeVar("Model")
 
@@ -46,28 +47,28 @@ def gathered(
     params = jax.lax.with_sharding_constraint(params, shardings(params, mesh, rules))
     model = eqx.combine(params, static)
 
-    def gather_of(path: str, x: Any, stacked: tuple[str, ...]) -> _Gather | None:
-        rest = in_layer(path, x, stacked, mesh, rules)
-        use = in_layer(path, x, stacked, mesh, rules, fsdp=False)
+    def gather_of(place: Place, x: Any) -> _Gather | None:
+        rest = in_layer(place, x, mesh, rules)
+        use = in_layer(place, x, mesh, rules, fsdp=False)
         if rest == use:
             return None
         to = jnp.dtype(x.dtype if dtype is None or not eqx.is_inexact_array(x) else dtype)
         return _Gather(NamedSharding(mesh, P(*rest)), NamedSharding(mesh, P(*use)), to)
 
-    def visit(path: str, x: Any, stacked: tuple[str, ...]) -> Any:
-        if not isinstance(x, AbstractLinear):
-            gather = gather_of(path, x, stacked)
-            # Layers of a stack are gathered one at a time, by their projections.
-            return x if stacked or gather is None else gather(x)
-        leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(x, eqx.is_array))
-        names = [jax.tree_util.keystr(name, simple=True, separator=".") for name, _ in leaves]
-        gathers = tuple(
-            gather_of(f"{path}.{name}".lstrip("."), leaf, stacked)
-            for name, (_, leaf) in zip(names, leaves, strict=True)
-        )
-        return x if gathers == (None,) * len(gathers) else _GatheredLinear(x, gathers)
+    def visit(place: Place, x: Any) -> Any:
+        if isinstance(x, AbstractLinear):
+            leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(x, eqx.is_array))
+            names = [jax.tree_util.keystr(name, simple=True, separator=".") for name, _ in leaves]
+            gathers = tuple(
+                gather_of(place._replace(path=f"{place.path}.{name}".lstrip(".")), leaf)
+                for name, (_, leaf) in zip(names, leaves, strict=True)
+            )
+            return _GatheredLinear(x, gathers) if any(gathers) else x
+        # Layers of a stack are gathered one at a time, by their projections.
+        gather = gather_of(place, x) if is_shaped(x) and not place.stacked else None
+        return x if gather is None else gather(x)
 
-    return map_arrays(visit, model, is_leaf=lambda x: isinstance(x, AbstractLinear), replace=True)
+    return map_with_place(visit, model, is_leaf=lambda x: isinstance(x, AbstractLinear))
 
 
 class _Gather(NamedTuple):

@@ -11,9 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from ..models._physics_parts import ConditionEmbedding
-from ..nn import MixtureOfExperts
-from ..stacks import Stack
+from ..models._places import Place, map_with_place
 
 
 class Rule(NamedTuple):
@@ -118,17 +116,16 @@ def specs(model: PyTree, mesh: Mesh | AbstractMesh, rules: Rules | None = None) 
     """
     rules = check_axes(mesh, rules)
 
-    def visit(path: str, x: Any, stacked: tuple[str, ...]) -> P:
-        entries = [
-            *leading(path, x, stacked, mesh, rules),
-            *in_layer(path, x, stacked, mesh, rules),
-        ]
+    def visit(place: Place, x: Any) -> P | None:
+        if not is_shaped(x):
+            return None
+        entries = [*leading(place, x, mesh, rules), *in_layer(place, x, mesh, rules)]
         # As the compiler writes it, or a second step would be compiled for what the first returned.
         while entries and entries[-1] is None:
             entries.pop()
         return P(*entries)
 
-    return map_arrays(visit, model)
+    return map_with_place(visit, model)
 
 
 def check_axes(mesh: Mesh | AbstractMesh, rules: Rules | None) -> Rules:
@@ -142,34 +139,26 @@ def check_axes(mesh: Mesh | AbstractMesh, rules: Rules | None) -> Rules:
     return rules
 
 
-def leading(
-    path: str, x: Any, stacked: tuple[str, ...], mesh: Mesh | AbstractMesh, rules: Rules
-) -> list[str | None]:
+def leading(place: Place, x: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> list[str | None]:
     """What the axes that count layers and experts are split over."""
-    entries: list[str | None] = [None] * len(stacked)
+    entries: list[str | None] = [None] * len(place.stacked)
     size = mesh_size(mesh, rules.expert)
-    for axis, kind in enumerate(stacked):
+    for axis, kind in enumerate(place.stacked):
         if kind == "experts" and size > 1:
             if x.shape[axis] % size:
                 raise ValueError(
-                    f"sharding: {path} has {x.shape[axis]} experts, which the {size} devices of "
-                    f"the mesh axis {rules.expert!r} do not divide; use as many as do."
+                    f"sharding: {place.path} has {x.shape[axis]} experts, which the {size} "
+                    f"devices of the mesh axis {rules.expert!r} do not divide; use as many as do."
                 )
             entries[axis] = rules.expert
     return entries
 
 
 def in_layer(
-    path: str,
-    x: Any,
-    stacked: tuple[str, ...],
-    mesh: Mesh | AbstractMesh,
-    rules: Rules,
-    *,
-    fsdp: bool = True,
+    place: Place, x: Any, mesh: Mesh | AbstractMesh, rules: Rules, *, fsdp: bool = True
 ) -> list[Any]:
     """What the axes of a parameter in one layer are split over."""
-    shape = x.shape[len(stacked) :]
+    path, shape = place.path, x.shape[len(place.stacked) :]
     entries: list[Any] = [None] * len(shape)
     rule = next((rule for rule in rules.table if re.search(rule.pattern, path)), None)
     for axis, entry in enumerate(() if rule is None else rule.spec):
@@ -202,42 +191,9 @@ def mesh_size(mesh: Mesh | AbstractMesh, name: str | None) -> int:
     return 1 if name is None else dict(mesh.shape).get(name, 1)
 
 
-_STACKED: Final = (
-    (Stack, "blocks", "layers"),
-    (MixtureOfExperts, "experts", "experts"),
-    (ConditionEmbedding, "embeddings", "conditions"),
-)
-"""Modules that hold many of a kind as one, in which field, and what the leading axis counts."""
-
-
-def map_arrays(
-    function: Any, model: PyTree, *, is_leaf: Any = None, replace: bool = False
-) -> PyTree:
-    """Applies `function(path, x, stacked)` to arrays and shapes, and to what `is_leaf` chooses.
-
-    `stacked` says what the leading axes count. All else becomes `None`, or stays with `replace`.
-    """
-
-    def visit(path: tuple[Any, ...], x: Any) -> Any:
-        chosen = is_leaf is not None and is_leaf(x)
-        if not (chosen or eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)):
-            return x if replace else None
-        node, stacked = model, []
-        for entry in path:
-            name = getattr(entry, "name", None)
-            stacked += [k for c, field, k in _STACKED if isinstance(node, c) and name == field]
-            node = _child(node, entry)
-        return function(jax.tree_util.keystr(path, simple=True, separator="."), x, tuple(stacked))
-
-    return jax.tree_util.tree_map_with_path(visit, model, is_leaf=is_leaf)
-
-
-def _child(node: Any, entry: Any) -> Any:
-    if isinstance(entry, jax.tree_util.GetAttrKey):
-        return getattr(node, entry.name)
-    if isinstance(entry, jax.tree_util.SequenceKey):
-        return node[entry.idx]
-    return node[entry.key]
+def is_shaped(x: Any) -> bool:
+    """Whether it is an array, or what stands for one."""
+    return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
 def _names(entry: Any) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from ._rules import Rules, map_arrays, mesh_size, specs
+from ..models._places import Place, map_with_place
+from ._rules import Rules, is_shaped, mesh_size, specs
 
 
 def sharding_table(model: PyTree, mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> str:
@@ -21,7 +22,11 @@ def sharding_table(model: PyTree, mesh: Mesh | AbstractMesh, rules: Rules | None
     Arguments are those of `specs`.
     """
     splits = jax.tree.leaves(specs(model, mesh, rules), is_leaf=lambda x: isinstance(x, P))
-    arrays = jax.tree.leaves(map_arrays(lambda path, x, _: _Named(path, x), model))
+
+    def named(place: Place, x: Any) -> _Named | None:
+        return _Named(place.path, x) if is_shaped(x) else None
+
+    arrays = jax.tree.leaves(map_with_place(named, model))
     rows, whole, held = [("parameter", "shape", "split over", "bytes per device")], 0, 0
     for array, spec in zip(arrays, splits, strict=True):
         names = [n for entry in spec if entry is not None for n in _tuple(entry)]

@@ -3,15 +3,15 @@
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from ..models._physics_parts import ConditionEmbedding
-from ..nn import AbstractLinear, MixtureOfExperts
-from ..stacks import AbstractBlock, Stack
+from ..models._places import Place, map_with_place
+from ..nn import AbstractLinear
+from ..stacks import AbstractBlock
 
 
 def weight_decay_mask(model: PyTree) -> PyTree:
@@ -29,7 +29,7 @@ def weight_decay_mask(model: PyTree) -> PyTree:
 
     A PyTree of the same structure with a boolean for every floating array.
     """
-    return _map(lambda x, stacked, nodes: x.ndim - stacked >= 2, model)
+    return _map(lambda place, x: _axes(place, x) >= 2, model)
 
 
 def parameter_labels(model: PyTree) -> PyTree:
@@ -48,10 +48,10 @@ def parameter_labels(model: PyTree) -> PyTree:
     A PyTree of the same structure with a string for every floating array.
     """
 
-    def label(x: Any, stacked: int, nodes: list[Any]) -> str:
-        if x.ndim - stacked < 2:
+    def label(place: Place, x: Any) -> str:
+        if _axes(place, x) < 2:
             return "vector"
-        return "hidden" if _is_hidden(nodes) else "outer"
+        return "hidden" if _is_hidden(place) else "outer"
 
     return _map(label, model)
 
@@ -79,8 +79,8 @@ def muon_dimension_numbers(model: PyTree) -> PyTree:
         raise ImportError('this needs optax: pip install "eqx_transformer[train]".')
     numbers = importlib.import_module("optax.contrib").MuonDimensionNumbers(-2, -1)
 
-    def mark(x: Any, stacked: int, nodes: list[Any]) -> Any:
-        return numbers if x.ndim - stacked >= 2 and _is_hidden(nodes) else None
+    def mark(place: Place, x: Any) -> Any:
+        return numbers if _axes(place, x) >= 2 and _is_hidden(place) else None
 
     return _map(mark, model)
 
@@ -121,41 +121,22 @@ def trainable(model: PyTree, where: Callable[[str], bool]) -> PyTree:
     return spec
 
 
-_STACKED: Final = (
-    (Stack, "blocks"),
-    (MixtureOfExperts, "experts"),
-    (ConditionEmbedding, "embeddings"),
-)
-"""Modules that hold many of a kind as one, with a leading axis, and in which field."""
+def _map(function: Callable[[Place, Any], Any], model: PyTree) -> PyTree:
+    """Applies `function(place, x)` to the floating arrays, or to what stands for them."""
+
+    def visit(place: Place, x: Any) -> Any:
+        if eqx.is_inexact_array(x) or isinstance(x, jax.ShapeDtypeStruct):
+            return function(place, x)
+        return x
+
+    return map_with_place(visit, model)
 
 
-def _map(function: Callable[[Any, int, list[Any]], Any], model: PyTree) -> PyTree:
-    """Applies `function(x, stacked, nodes)` to the floating arrays.
-
-    `stacked` is how many leading axes count layers and experts, `nodes` are all that `x` is in.
-    """
-
-    def visit(path: tuple[Any, ...], x: Any) -> Any:
-        if not (eqx.is_inexact_array(x) or isinstance(x, jax.ShapeDtypeStruct)):
-            return x
-        nodes, stacked = [model], 0
-        for entry in path:
-            name = getattr(entry, "name", None)
-            stacked += any(isinstance(nodes[-1], c) and name == field for c, field in _STACKED)
-            nodes.append(_child(nodes[-1], entry))
-        return function(x, stacked, nodes)
-
-    return jax.tree_util.tree_map_with_path(visit, model)
+def _axes(place: Place, x: Any) -> int:
+    """How many axes the parameter has in one layer and one expert."""
+    return x.ndim - len(place.stacked)
 
 
-def _child(node: Any, entry: Any) -> Any:
-    if isinstance(entry, jax.tree_util.GetAttrKey):
-        return getattr(node, entry.name)
-    if isinstance(entry, jax.tree_util.SequenceKey):
-        return node[entry.idx]
-    return node[entry.key]
-
-
-def _is_hidden(nodes: list[Any]) -> bool:
+def _is_hidden(place: Place) -> bool:
     kinds = (AbstractBlock, AbstractLinear)
-    return all(any(isinstance(node, kind) for node in nodes) for kind in kinds)
+    return all(any(isinstance(node, kind) for node in place.inside) for kind in kinds)
