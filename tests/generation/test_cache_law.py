@@ -153,7 +153,9 @@ def _check(model, parts, paddings, cache_dtype, seed):
     beyond = config.rope_scaling is not None and config.rope_scaling.needs_length
     begin = [(4, 4, 4, False)] if beyond else []
     for given_, *counts, draft in [*begin, *parts, *[(4, 4, 4, False)] * 3]:
-        counts = np.minimum(np.minimum(counts, given_), SEQ - lengths).astype(np.int32)
+        # A ring takes back no more than its spare places and one.
+        most = min(given_, _ring_cache._SPARE + 1) if draft else given_
+        counts = np.minimum(np.minimum(counts, most), SEQ - lengths).astype(np.int32)
         places = lengths[:, None] + np.arange(given_)
         source = wrong if draft else tokens
         part = np.take_along_axis(source, np.minimum(places, SEQ - 1), axis=1)
