@@ -13,7 +13,7 @@ What it has learnt is a function of the place, so `jax.jacfwd` gives its derivat
 well it obeys the equation, and in the end they are a part of the loss: a few more steps, on plates
 that nobody has solved, make it obey better.
 
-It takes two to three minutes on two CPU cores and needs no data. In the folder
+It takes about four minutes on two CPU cores and needs no data. In the folder
 `runs/operator_learning` there are at the end the results and a picture of some plates.
 """
 
