@@ -29,7 +29,7 @@ from ..stacks import (
     Stack,
     linear_drop_path,
 )
-from ._checks import check_heads, check_positive, check_rates, check_sizes
+from ._checks import check_heads, check_not_negative, check_positive, check_rates, check_sizes
 from ._config import AbstractConfig
 from ._physics_parts import (
     ConditionEmbedding,
@@ -107,6 +107,7 @@ class AnchorTransformerConfig(AbstractConfig):
             self, "wavelength_base", "rope_theta", "rope_scale", "norm_eps", "layer_scale"
         )
         check_rates(self, "dropout_rate", "drop_path_rate")
+        check_not_negative(self, "num_conditions")
         head_dim = check_heads(self, None, None)
         owner = "AnchorTransformerConfig"
         if head_dim % 2 or head_dim < 2 * self.num_dims:
@@ -114,8 +115,6 @@ class AnchorTransformerConfig(AbstractConfig):
                 f"{owner}: head_dim={head_dim} must be even and at least 2 * num_dims = "
                 f"{2 * self.num_dims}: every coordinate turns pairs of features."
             )
-        if self.num_conditions < 0:
-            raise ValueError(f"{owner}: num_conditions={self.num_conditions} must not be negative.")
         if not self.branches or len(set(self.branches)) != len(self.branches):
             raise ValueError(
                 f"{owner}: branches={self.branches} must be one or more different names."

@@ -18,6 +18,14 @@ def check_sizes(config: AbstractConfig, *names: str) -> None:
             raise ValueError(f"{type(config).__name__}: {name}={value} must be at least 1.")
 
 
+def check_not_negative(config: AbstractConfig, *names: str) -> None:
+    """Checks what counts something that there need not be."""
+    for name in names:
+        value = getattr(config, name)
+        if value < 0:
+            raise ValueError(f"{type(config).__name__}: {name}={value} must not be negative.")
+
+
 def check_positive(config: AbstractConfig, *names: str) -> None:
     """Checks what must be a positive number, or `None`."""
     for name in names:

@@ -8,10 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask, Padding
-from ..nn import (
-    AbstractLinear,
-    Linear,
-)
+from ..nn import AbstractLinear, Linear
 from ._decoder import logits
 from ._encoder import TransformerEncoder, pool
 from ._transformer_config import TransformerConfig

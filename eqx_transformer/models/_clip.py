@@ -10,10 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from .._precision import accumulation_dtype
 from .._unbatched import unbatched
 from ..attention import AbstractMask
-from ..nn import (
-    AbstractLinear,
-    Linear,
-)
+from ..nn import AbstractLinear, Linear
 from ._checks import check_sizes
 from ._config import AbstractConfig
 from ._encoder import encode

@@ -7,11 +7,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask, Padding
-from ..nn import (
-    AbstractLinear,
-    Embedding,
-    truncate,
-)
+from ..nn import AbstractLinear, Embedding, truncate
 from ._encoder import encode
 from ._token_embedding import TokenEmbedding
 from ._transformer_config import TransformerConfig

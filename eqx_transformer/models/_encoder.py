@@ -8,10 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from .._precision import accumulation_dtype
 from .._unbatched import unbatched
 from ..attention import AbstractMask
-from ..nn import (
-    AbstractLinear,
-    Linear,
-)
+from ..nn import AbstractLinear, Linear
 from ._token_embedding import TokenEmbedding
 from ._transformer_config import TransformerConfig
 from ._transformer_parts import AnyStack, make_norm, make_stack

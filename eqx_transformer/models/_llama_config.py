@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 from ..attention import Implementation
 from ..nn import DynamicScaling, LinearScaling, Llama3Scaling, LongRoPEScaling, YaRNScaling
-from ._checks import check_positive, check_rates, check_sizes
+from ._checks import check_not_negative, check_positive, check_rates, check_sizes
 from ._config import AbstractConfig
 from ._vocabulary import GATED, Activation
 
@@ -106,9 +106,7 @@ class MoEConfig(AbstractConfig):
             "every",
         )
         check_positive(self, "route_scale")
-        for name in ("num_shared_experts", "first_dense"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"MoEConfig: {name}={getattr(self, name)} must not be negative.")
+        check_not_negative(self, "num_shared_experts", "first_dense")
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"MoEConfig: experts_per_token={self.experts_per_token} is more than "

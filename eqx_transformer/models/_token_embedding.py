@@ -7,13 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..attention import AbstractMask, Padding
-from ..nn import (
-    AbstractLinear,
-    Embedding,
-    LearnedPositions,
-    Linear,
-    SinusoidalPositions,
-)
+from ..nn import AbstractLinear, Embedding, LearnedPositions, Linear, SinusoidalPositions
 from ._transformer_config import TransformerConfig
 from ._transformer_parts import make_norm, make_positions
 

@@ -3,7 +3,7 @@ from typing import Literal, NamedTuple
 
 from ..attention import Implementation
 from ..stacks import Layout
-from ._checks import check_positive, check_rates, check_sizes
+from ._checks import check_not_negative, check_positive, check_rates, check_sizes
 from ._config import AbstractConfig
 from ._llama_config import LayerType
 from ._vocabulary import Activation
@@ -250,10 +250,7 @@ class TransformerConfig(AbstractConfig):
                 f"TransformerConfig: positions={self.positions!r} has pairs of features, so {name}="
                 f"{self.embedding_dim} must be even."
             )
-        if self.position_offset < 0:
-            raise ValueError(
-                f"TransformerConfig: position_offset={self.position_offset} must not be negative."
-            )
+        check_not_negative(self, "position_offset")
         if self.position_offset and self.positions != "learned":
             raise ValueError(
                 f"TransformerConfig: position_offset={self.position_offset} is a row of the table "

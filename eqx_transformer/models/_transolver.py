@@ -15,7 +15,7 @@ from ..nn import (
     SliceAttention,
 )
 from ..stacks import Condition, Stack, TransformerBlock, linear_drop_path
-from ._checks import check_heads, check_positive, check_rates, check_sizes
+from ._checks import check_heads, check_not_negative, check_positive, check_rates, check_sizes
 from ._config import AbstractConfig
 from ._physics_parts import ConditionEmbedding, condition_vector, pre_norm_block
 from ._vocabulary import REMAT
@@ -75,10 +75,7 @@ class TransolverConfig(AbstractConfig):
         )
         check_positive(self, "norm_eps", "layer_scale")
         check_rates(self, "dropout_rate", "drop_path_rate")
-        if self.num_conditions < 0:
-            raise ValueError(
-                f"TransolverConfig: num_conditions={self.num_conditions} must not be negative."
-            )
+        check_not_negative(self, "num_conditions")
         check_heads(self, None, None)
 
 

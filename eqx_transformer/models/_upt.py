@@ -18,7 +18,7 @@ from ..nn import (
     SupernodePooling,
 )
 from ..stacks import Condition, Source, Stack, TransformerBlock, linear_drop_path
-from ._checks import check_heads, check_positive, check_rates, check_sizes
+from ._checks import check_heads, check_not_negative, check_positive, check_rates, check_sizes
 from ._config import AbstractConfig
 from ._physics_parts import (
     ConditionEmbedding,
@@ -84,12 +84,7 @@ class UPTConfig(AbstractConfig):
             *("num_dims", "out_features", "d_model", "num_layers", "num_decoder_layers"),
             *("num_heads", "d_ff", "num_neighbours", "unroll"),
         )
-        if self.num_features < 0:
-            raise ValueError(f"UPTConfig: num_features={self.num_features} must not be negative.")
-        if self.num_conditions < 0:
-            raise ValueError(
-                f"UPTConfig: num_conditions={self.num_conditions} must not be negative."
-            )
+        check_not_negative(self, "num_features", "num_conditions")
         check_positive(self, "radius", "wavelength_base", "norm_eps", "layer_scale")
         check_rates(self, "dropout_rate", "drop_path_rate")
         check_heads(self, None, None)

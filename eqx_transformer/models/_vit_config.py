@@ -3,7 +3,15 @@ from typing import Literal
 
 from ..attention import Implementation
 from ..stacks import Layout
-from ._checks import check_heads, check_image, check_positive, check_rates, check_sizes, pair
+from ._checks import (
+    check_heads,
+    check_image,
+    check_not_negative,
+    check_positive,
+    check_rates,
+    check_sizes,
+    pair,
+)
 from ._config import AbstractConfig
 from ._vocabulary import GATED, Activation
 
@@ -150,8 +158,7 @@ class ViTConfig(AbstractConfig):
         check_rates(self, "dropout_rate", "drop_path_rate")
         check_image(self, self.image_size, self.patch_size)
         head_dim = check_heads(self, self.num_kv_heads, self.head_dim)
-        if self.num_registers < 0:
-            raise ValueError(f"ViTConfig: num_registers={self.num_registers} must not be negative.")
+        check_not_negative(self, "num_registers")
         if self.positions == "sinusoidal" and self.d_model % 4:
             raise ValueError(
                 f"ViTConfig: positions='sinusoidal' has pairs of features for rows and for "

@@ -8,12 +8,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask
-from ..nn import (
-    AbstractLinear,
-    Convolution,
-    LearnedPositions,
-    SinusoidalPositions,
-)
+from ..nn import AbstractLinear, Convolution, LearnedPositions, SinusoidalPositions
 from ..stacks import Source
 from ._checks import check_sizes
 from ._config import AbstractConfig

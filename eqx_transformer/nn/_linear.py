@@ -71,18 +71,23 @@ class Linear(AbstractLinear):
 
         - `ValueError` if the last axis of `x` is not `in_features` long.
         """
-        if self.weight.ndim != 2:
-            raise ValueError(
-                f"Linear: weight has {self.weight.ndim} axes {self.weight.shape}, so this is a "
-                "stack of layers; take one of them, e.g. stack[i], or call the stack."
-            )
-        if x.shape[-1:] != self.weight.shape[:1]:
-            raise ValueError(
-                f"Linear: x has shape {x.shape} but in_features={self.weight.shape[0]}; its last "
-                "axis must have that length."
-            )
+        check_linear("Linear", "weight", self.weight, x)
         y = x @ self.weight.astype(x.dtype)
         if self.bias is not None:
             # Written out because the library also runs with rank promotion forbidden.
             y = y + jnp.broadcast_to(self.bias.astype(x.dtype), y.shape)
         return y
+
+
+def check_linear(owner: str, name: str, weight: Array, x: Array) -> None:
+    """Checks that the weight, or what stands for it, is that of one layer, and fits `x`."""
+    if weight.ndim != 2:
+        raise ValueError(
+            f"{owner}: {name} has {weight.ndim} axes {weight.shape}, so this is a stack of layers; "
+            "take one of them, e.g. stack[i], or call the stack."
+        )
+    if x.shape[-1:] != weight.shape[:1]:
+        raise ValueError(
+            f"{owner}: x has shape {x.shape} but in_features={weight.shape[0]}; its last axis must "
+            "have that length."
+        )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, PRNGKeyArray
 
 from .._precision import accumulation_dtype
-from ._linear import AbstractLinear, Linear
+from ._linear import AbstractLinear, Linear, check_linear
 
 Model = TypeVar("Model")
 
@@ -75,16 +75,7 @@ class Int8Linear(AbstractLinear):
 
         - `ValueError` if the last axis of `x` is not `in_features` long.
         """
-        if self.values.ndim != 2:
-            raise ValueError(
-                f"Int8Linear: values has {self.values.ndim} axes {self.values.shape}, so this is a "
-                "stack of layers; take one of them, e.g. stack[i], or call the stack."
-            )
-        if x.shape[-1:] != self.values.shape[:1]:
-            raise ValueError(
-                f"Int8Linear: x has shape {x.shape} but in_features={self.values.shape[0]}; its "
-                "last axis must have that length."
-            )
+        check_linear("Int8Linear", "values", self.values, x)
         y = _product(x, self.values)
         y = y * jnp.broadcast_to(self.scale.astype(y.dtype), y.shape)
         if self.bias is not None:

@@ -87,8 +87,8 @@ class Rules:
     @property
     def axes(self) -> frozenset[str]:
         """All mesh axes that are named."""
-        names = {name for rule in self.table for entry in rule.spec for name in _names(entry)}
-        names.update(self.batch, *(_names(axis) for axis in (self.fsdp, self.expert)))
+        names = {name for rule in self.table for entry in rule.spec for name in axis_names(entry)}
+        names.update(self.batch, *(axis_names(axis) for axis in (self.fsdp, self.expert)))
         return frozenset(names)
 
     def first(self, *rules: Rule) -> "Rules":
@@ -163,7 +163,7 @@ def in_layer(
     rule = next((rule for rule in rules.table if re.search(rule.pattern, path)), None)
     for axis, entry in enumerate(() if rule is None else rule.spec):
         assert rule is not None
-        names = [name for name in _names(entry) if mesh_size(mesh, name) > 1]
+        names = [name for name in axis_names(entry) if mesh_size(mesh, name) > 1]
         size = math.prod(mesh_size(mesh, name) for name in names)
         if axis >= len(shape):
             raise ValueError(
@@ -196,7 +196,7 @@ def is_shaped(x: Any) -> bool:
     return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def axis_names(entry: Any) -> tuple[str, ...]:
     """The mesh axes of an entry of a `PartitionSpec`."""
     if entry is None:
         return ()

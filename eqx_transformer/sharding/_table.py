@@ -1,5 +1,4 @@
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +6,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from ..models._places import Place, map_with_place
-from ._rules import Rules, is_shaped, mesh_size, specs
+from ._rules import Rules, axis_names, is_shaped, mesh_size, specs
 
 
 def sharding_table(model: PyTree, mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> str:
@@ -22,39 +20,25 @@ def sharding_table(model: PyTree, mesh: Mesh | AbstractMesh, rules: Rules | None
     Arguments are those of `specs`.
     """
     splits = jax.tree.leaves(specs(model, mesh, rules), is_leaf=lambda x: isinstance(x, P))
-
-    def named(place: Place, x: Any) -> _Named | None:
-        return _Named(place.path, x) if is_shaped(x) else None
-
-    arrays = jax.tree.leaves(map_with_place(named, model))
+    leaves = jax.tree_util.tree_leaves_with_path(model)
+    arrays = [(path, x) for path, x in leaves if is_shaped(x)]
     rows, whole, held = [("parameter", "shape", "split over", "bytes per device")], 0, 0
-    for array, spec in zip(arrays, splits, strict=True):
-        names = [n for entry in spec if entry is not None for n in _tuple(entry)]
-        size = math.prod(array.x.shape) * jnp.dtype(array.x.dtype).itemsize
+    for (path, x), spec in zip(arrays, splits, strict=True):
+        names = [name for entry in spec for name in axis_names(entry)]
+        size = math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
         local = size // math.prod(mesh_size(mesh, name) for name in names)
         whole, held = whole + size, held + local
-        shape = array.x.shape
-        rows.append((array.path, str(list(shape)), _text(spec, len(shape)), f"{local:,}"))
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        rows.append((name, str(list(x.shape)), _text(spec, x.ndim), f"{local:,}"))
     axes = ", ".join(f"{name}={size}" for name, size in dict(mesh.shape).items())
     rows.append(("all", f"{whole:,} bytes", axes, f"{held:,}"))
     return _aligned(rows)
 
 
-class _Named:
-    """An array with its path."""
-
-    def __init__(self, path: str, x: Any):
-        self.path, self.x = path, x
-
-
-def _tuple(entry: Any) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry)
-
-
 def _text(spec: P, ndim: int) -> str:
     if not spec:
         return "-"
-    entries = ["-" if entry is None else "+".join(_tuple(entry)) for entry in spec]
+    entries = ["+".join(axis_names(entry)) or "-" for entry in spec]
     entries += ["-"] * (ndim - len(entries))
     return f"[{', '.join(entries)}]"
 

@@ -17,6 +17,14 @@ def program(name: str) -> ModuleType:
         sys.path.pop(0)
 
 
+def exit_status(module: ModuleType, arguments: list[str]) -> object:
+    """The status a program ends with, whether it returns it or argparse exits."""
+    try:
+        return module.main(arguments)
+    except SystemExit as error:
+        return error.code
+
+
 def is_png(path: Path) -> bool:
     """Whether there is a picture."""
     return path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

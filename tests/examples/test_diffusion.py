@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from examples.programs import is_png, program
+from examples.programs import exit_status, is_png, program
 
 diffusion = program("diffusion")
 TINY = [
@@ -47,9 +47,5 @@ def test_noise_is_carried_along_the_velocity():
     ],
 )
 def test_mistakes_get_one_line(arguments, message, capsys):
-    try:
-        status = diffusion.main(arguments)
-    except SystemExit as error:  # argparse
-        status = error.code
-    assert status == 2
+    assert exit_status(diffusion, arguments) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]

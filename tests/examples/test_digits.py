@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from examples.programs import is_png, program
+from examples.programs import exit_status, is_png, program
 
 digits = program("digits")
 TINY = ["--steps", "2", "--batch", "4", "--d-model", "8", "--num-layers", "1", "--num-heads", "2"]
@@ -43,9 +43,5 @@ def test_digits_are_moved_and_never_lost():
     ],
 )
 def test_mistakes_get_one_line(arguments, message, capsys):
-    try:
-        status = digits.main(arguments)
-    except SystemExit as error:  # argparse
-        status = error.code
-    assert status == 2
+    assert exit_status(digits, arguments) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from examples.programs import is_png, program
+from examples.programs import exit_status, is_png, program
 
 fine_tuning = program("fine_tuning")
 TINY = ["--steps", "2", "--batch", "4", "--d-model", "8", "--num-layers", "1", "--few-steps", "2"]
@@ -55,9 +55,5 @@ def test_choices_have_as_many_of_each():
     ],
 )
 def test_mistakes_get_one_line(arguments, message, capsys):
-    try:
-        status = fine_tuning.main(arguments)
-    except SystemExit as error:  # argparse
-        status = error.code
-    assert status == 2
+    assert exit_status(fine_tuning, arguments) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from examples.programs import is_png, program
+from examples.programs import exit_status, is_png, program
 
 plates = program("operator_learning")
 TINY = [
@@ -87,9 +87,5 @@ def test_solves_trains_compares_and_draws(tmp_path, capsys):
     ],
 )
 def test_mistakes_get_one_line(arguments, message, capsys):
-    try:
-        status = plates.main(arguments)
-    except SystemExit as error:  # argparse
-        status = error.code
-    assert status == 2
+    assert exit_status(plates, arguments) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from examples.programs import is_png, program
+from examples.programs import exit_status, is_png, program
 
 second_order = program("second_order")
 TINY = ["--sets", "4", "--particles", "3", "--d-model", "4", "--num-heads", "2"]
@@ -52,9 +52,5 @@ def test_the_order_of_particles_does_not_matter():
     ],
 )
 def test_mistakes_get_one_line(arguments, message, capsys):
-    try:
-        status = second_order.main(arguments)
-    except SystemExit as error:  # argparse
-        status = error.code
-    assert status == 2
+    assert exit_status(second_order, arguments) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from examples.programs import EXAMPLES, program
+from examples.programs import EXAMPLES, exit_status, program
 
 from eqx_transformer.interop import load
 
@@ -107,11 +107,7 @@ def test_interrupted_it_saves_what_there_is(tmp_path):
 )
 def test_mistakes_get_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    try:
-        status = train_language_model.main([*TINY, *arguments])
-    except SystemExit as error:  # argparse
-        status = error.code
-    assert status == 2
+    assert exit_status(train_language_model, [*TINY, *arguments]) == 2
     err = capsys.readouterr().err
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err

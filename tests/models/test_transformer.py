@@ -463,7 +463,7 @@ def test_cache_is_the_forward(kind, positions, window, cuts, padded):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=16, deadline=None, database=None)
+@hypothesis.settings(max_examples=60, deadline=None, database=None)
 @hypothesis.given(
     st.sampled_from(["decoder", "both"]),
     st.sampled_from(POSITIONS),
