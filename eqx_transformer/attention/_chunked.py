@@ -27,15 +27,23 @@ def tilings(inputs: Inputs) -> list[Tiling]:
     in cache, also under `vmap` over a batch, large enough that the products use every core. Small
     tiles fit a narrow band better, but each of their scores costs more.
     """
-    longest = max(inputs.q_seq, inputs.kv_seq)
-    largest = 128 if longest <= 256 else 256 if longest <= 2048 else 512
-    sizes = [(size, cost) for size, cost in ((512, 1.0), (256, 1.6), (128, 2.1)) if size <= largest]
     if inputs.block_size is not None:
-        sizes = [(inputs.block_size, 1.0)]
+        size = inputs.block_size
+        return [Tiling(max(1, min(size, inputs.q_seq)), max(1, min(size, inputs.kv_seq)))]
+    largest = 256 if max(inputs.q_seq, inputs.kv_seq) <= 2048 else 512
     return [
-        Tiling(max(1, min(size, inputs.q_seq)), max(1, min(size, inputs.kv_seq)), cost)
-        for size, cost in sizes
+        Tiling(_even(inputs.q_seq, size), _even(inputs.kv_seq, size), cost)
+        for size, cost in ((512, 1.0), (256, 1.6), (128, 2.1))
+        if size <= largest
     ]
+
+
+def _even(seq: int, size: int) -> int:
+    """The length of tiles of at most `size`, such that the last one is not mostly padding."""
+    tiles = max(1, -(-seq // size))
+    each = max(1, -(-seq // tiles))
+    # Products like lengths that fill vector registers; a sequence that is one tile is not padded.
+    return each if tiles == 1 else -(-each // 16) * 16
 
 
 class _Tiled(eqx.Module):
@@ -162,48 +170,74 @@ def forward(inputs: Inputs) -> Output:
     tiled = _Tiled(inputs)
     rows, kv_heads, height, _ = tiled.q.shape
 
+    def update(state: PyTree | None, i: Any, j: Any, masked: bool) -> PyTree:
+        """The state of row `i` with tile `(i, j)` added; `None` if that is the first and last."""
+        scores = tiled.dot("hqd,hkd->hqk", _at(tiled.q, i), _at(tiled.k, j))
+        scores = tiled.modified(inputs.score_mod, scores, i, j)
+        if masked:
+            scores = tiled.masked(scores, i, j)
+        peak = scores.max(axis=-1)
+        if state is not None:
+            peak = jnp.maximum(state[2], peak)
+        shift = _finite(inputs, peak)
+        weights = jnp.exp(scores - shift[..., None])
+        total = weights.sum(axis=-1)
+        weighted = tiled.dot("hqk,hkd->hqd", tiled.dropped(weights, i, j), _at(tiled.v, j))
+        if state is not None:
+            decay = jnp.exp(state[2] - shift)
+            total += state[0] * decay
+            weighted += state[1] * decay[..., None]
+        return total, weighted, peak
+
     def step(state: PyTree, tile: PyTree, tiles: TileList) -> PyTree:
         i, j, live = tile
 
-        def update(state: PyTree) -> PyTree:
-            total, weighted, peak = state
-            scores = tiled.dot("hqd,hkd->hqk", _at(tiled.q, i), _at(tiled.k, j))
-            scores = tiled.modified(inputs.score_mod, scores, i, j)
-            if tiles.masked:
-                scores = tiled.masked(scores, i, j)
-            new_peak = jnp.maximum(peak, scores.max(axis=-1))
-            # A row that has seen no key yet has the peak -inf, and -inf - -inf is NaN.
-            shift = jnp.where(jnp.isneginf(new_peak), 0, new_peak)
-            weights = jnp.exp(scores - shift[..., None])
-            decay = jnp.exp(peak - shift)
-            total = total * decay + weights.sum(axis=-1)
-            weighted *= decay[..., None]
-            weighted += tiled.dot("hqk,hkd->hqd", tiled.dropped(weights, i, j), _at(tiled.v, j))
-            return total, weighted, new_peak
+        def run(local: PyTree) -> PyTree:
+            return update(local, i, j, tiles.masked)
 
         local = jax.tree.map(lambda x: _at(x, i), state)
-        local = update(local) if live is None else jax.lax.cond(live, update, lambda x: x, local)
+        local = run(local) if live is None else jax.lax.cond(live, run, lambda x: x, local)
         return jax.tree.map(lambda x, y: _put(x, i, y), state, local)
 
-    state = (
-        tiled.zeros(rows, kv_heads, height),
-        tiled.zeros(rows, kv_heads, height, inputs.v.shape[-1]),
-        tiled.zeros(rows, kv_heads, height) - jnp.inf,
-    )
-    state = _visit(tiled, step, state)
+    if rows == 1 and len(tiled.lists) == 1 and _is_one_tile(tiled.lists[0]):
+        column, masked = int(tiled.lists[0].columns[0]), tiled.lists[0].masked
+        state = jax.tree.map(lambda x: x[None], update(None, 0, column, masked))
+    else:
+        state = (
+            tiled.zeros(rows, kv_heads, height),
+            tiled.zeros(rows, kv_heads, height, inputs.v.shape[-1]),
+            tiled.zeros(rows, kv_heads, height) - jnp.inf,
+        )
+        state = _visit(tiled, step, state)
     total, weighted, peak = state
     if inputs.sinks is not None:
         sinks = _row_sinks(tiled)
         new_peak = jnp.maximum(peak, sinks)
-        shift = jnp.where(jnp.isneginf(new_peak), 0, new_peak)
+        shift = _finite(inputs, new_peak)
         decay = jnp.exp(peak - shift)
         total = total * decay + jnp.exp(sinks - shift)
         weighted, peak = weighted * decay[..., None], new_peak
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
+    lse = jnp.log(total) + _finite(inputs, peak)  # log(0) is -inf, as it should be
+    if _may_be_empty(inputs):
+        total = jnp.where(total == 0, 1, total)
     out = tiled.join_q(weighted / total[..., None]).astype(inputs.v.dtype)
-    lse = jnp.where(empty, -jnp.inf, jnp.log(total) + jnp.where(empty, 0, peak))
     return out, tiled.join_q(lse[..., None])[..., 0]
+
+
+def _may_be_empty(inputs: Inputs) -> bool:
+    """Whether a query may attend to nothing."""
+    everyone = inputs.mask is None and inputs.score_mod is None and inputs.sinks is None
+    return not everyone or inputs.kv_seq == 0
+
+
+def _finite(inputs: Inputs, peak: Array) -> Array:
+    """The greatest scores of rows, as numbers to subtract.
+
+    A row that has seen no key has the peak -inf, and -inf - -inf is NaN. Where no row is like that
+    there is no selection: XLA on CPU knows product, softmax and product as one operation, but not
+    with anything in between.
+    """
+    return jnp.where(jnp.isneginf(peak), 0, peak) if _may_be_empty(inputs) else peak
 
 
 def tangent(residuals: tuple[Inputs, Array, Array], tangents: Tangents) -> Output:
@@ -354,11 +388,19 @@ def _row_sinks(tiled: _Tiled, sinks: Array | None = None) -> Array:
     return jnp.broadcast_to(sinks, shape).reshape(rows, kv_heads, height)
 
 
+def _is_one_tile(tiles: TileList) -> bool:
+    """Whether nothing is left to loop over or to decide."""
+    return len(tiles.rows) == 1 and tiles.live is None
+
+
 def _visit(
     tiled: _Tiled, step: Callable[[PyTree, PyTree, TileList], PyTree], state: PyTree
 ) -> PyTree:
     """Runs `step(state, (row, column, live), tiles)` over every tile that may be non-empty."""
     for tiles in tiled.lists:
+        if _is_one_tile(tiles):
+            state = step(state, (int(tiles.rows[0]), int(tiles.columns[0]), None), tiles)
+            continue
         # Varying like the rest, because a batched `cond` becomes a selection among its operands.
         indices = vary_alike(
             (jnp.asarray(tiles.rows, jnp.int32), jnp.asarray(tiles.columns, jnp.int32)),
