@@ -68,10 +68,25 @@ class _Transpose:
         return self.passes.transpose(residuals, cotangents, self.wanted)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+    passes: Passes
+
+    def __call__(self, inputs: Inputs, operands: tuple[()]) -> tuple[Array, Any]:
+        return self.passes.forward(inputs)
+
+
+def _no_cotangents(inputs: Inputs, cotangents: Any) -> tuple[()]:
+    return ()
+
+
 @eqx.filter_jit
 def _compiled_forward(inputs: Inputs, passes: Passes) -> tuple[Array, Any]:
-    # Compiled once a structure and shape, also for callers who do not use `jax.jit`.
-    return passes.forward(inputs)
+    # Compiled once a structure and shape, also for callers who do not use `jax.jit`. To JAX it is
+    # one operation, a map that is linear in nothing: taken apart within a loop over layers, all
+    # that does not depend on the layer, such as the masks of all tiles, would be computed ahead of
+    # the loop and kept, which takes memory quadratic in the sequence.
+    return linear_map(_Forward(passes), _no_cotangents, inputs, ())
 
 
 @eqx.filter_custom_jvp

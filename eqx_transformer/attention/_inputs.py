@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import equinox as eqx
 import jax
@@ -13,6 +13,7 @@ from .._precision import accumulation_dtype
 from ._dropout import keep
 from ._hoist import hoist
 from ._masks import AbstractMask, Dense, Padding, Segments
+from ._varying import vary_alike
 
 
 class Inputs(eqx.Module):
@@ -162,6 +163,9 @@ def make_inputs(
     return sanitize(inputs)
 
 
+_PAIRS_AT_A_TIME: Final = 2**20
+
+
 def sanitize(inputs: Inputs) -> Inputs:
     """Zeroes queries, keys and values that a mask with arrays excludes altogether.
 
@@ -172,14 +176,32 @@ def sanitize(inputs: Inputs) -> Inputs:
     """
     if inputs.mask is None or not jax.tree.leaves(eqx.filter(inputs.mask, eqx.is_array)):
         return inputs
-    allowed = inputs.allowed(inputs.q_pos(), inputs.kv_pos())
-    q_used, kv_used = (allowed.any(axis=axis)[:, None, None] for axis in (1, 0))
+    q_used, kv_used = (used[:, None, None] for used in _used(inputs))
     kept = (
         jnp.where(q_used, inputs.q, 0),
         jnp.where(kv_used, inputs.k, 0),
         jnp.where(kv_used, inputs.v, 0),
     )
     return eqx.tree_at(lambda x: (x.q, x.k, x.v), inputs, kept)
+
+
+def _used(inputs: Inputs) -> tuple[Bool[Array, " q_seq"], Bool[Array, " kv_seq"]]:
+    """Which queries attend to any key, and which keys any query attends to."""
+    q_pos, kv_pos = inputs.q_pos(), inputs.kv_pos()
+    rows = max(1, _PAIRS_AT_A_TIME // max(1, inputs.kv_seq))
+    if inputs.q_seq <= rows:
+        allowed = inputs.allowed(q_pos, kv_pos)
+        return allowed.any(axis=1), allowed.any(axis=0)
+    # The last query once more does not change which keys are used.
+    some = jnp.pad(q_pos, (0, -inputs.q_seq % rows), mode="edge").reshape(-1, rows)
+
+    def step(kv_used: Array, q_pos: Array) -> tuple[Array, Array]:
+        allowed = inputs.allowed(q_pos, kv_pos)
+        return kv_used | allowed.any(axis=0), allowed.any(axis=1)
+
+    none = vary_alike(jnp.zeros(inputs.kv_seq, bool), like=inputs)
+    kv_used, q_used = jax.lax.scan(step, none, vary_alike(some, like=inputs))
+    return q_used.reshape(-1)[: inputs.q_seq], kv_used
 
 
 def check_arrays(q: Any, k: Any, v: Any, sinks: Any) -> None:
@@ -209,7 +231,8 @@ def check_arrays(q: Any, k: Any, v: Any, sinks: Any) -> None:
         )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"attention: heads={q.shape[1]} is not a multiple of kv_heads={k.shape[1]}."
+            f"attention: heads={q.shape[1]} is not a multiple of kv_heads={k.shape[1]}; every key "
+            "head must serve as many query heads."
         )
     if sinks is not None and sinks.shape != (q.shape[1],):
         raise ValueError(
@@ -227,6 +250,8 @@ def check_mask(mask: Any, q: Any, k: Any, q_positions: Any, kv_positions: Any) -
     # A mask that ends early would hide the rest of the sequence without a word. At given
     # positions that is what is meant; at default ones it is a mistake.
     for leaf in jax.tree.leaves(mask, is_leaf=lambda x: isinstance(x, Padding | Segments | Dense)):
+        if isinstance(leaf, Padding | Segments | Dense):
+            _check_axes(leaf)
         axes: tuple[tuple[Literal["q", "kv"], Any, int], ...] = (
             ("q", q_positions, len(q)),
             ("kv", kv_positions, len(k)),
@@ -238,6 +263,16 @@ def check_mask(mask: Any, q: Any, k: Any, q_positions: Any, kv_positions: Any) -
                     f"attention: the mask {leaf} covers {extent} {axis} positions but "
                     f"{axis}_seq={seq}; make it as long as the sequence."
                 )
+
+
+def _check_axes(mask: Padding | Segments | Dense) -> None:
+    expected = 2 if isinstance(mask, Dense) else 1
+    for array in jax.tree.leaves(mask):
+        if array.ndim != expected:
+            raise ValueError(
+                f"attention: an array of the mask {mask} has {array.ndim} axes {array.shape} but "
+                f"must have {expected}; for a batch, hand the mask to jax.vmap with the sequences."
+            )
 
 
 def _check_positions(name: str, positions: Any, seq: int) -> Int[Array, " seq"] | None:

@@ -68,6 +68,13 @@ class AbstractMask(eqx.Module):
     def __invert__(self) -> "AbstractMask":
         return Not(self)
 
+    def __bool__(self) -> bool:
+        # `causal and padding` would silently be the padding alone.
+        raise TypeError(
+            "A mask is neither true nor false: combine masks with &, | and ~, not with and, or, "
+            "not; compare with `is None`."
+        )
+
     def draw(self, q_seq: int, kv_seq: int | None = None) -> str:
         """Draws the mask over positions `0..q_seq-1` (down) and `0..kv_seq-1` (across) as text.
 
@@ -80,11 +87,21 @@ class AbstractMask(eqx.Module):
 
 
 def _as_flags(x: Bool[Array | np.ndarray, " seq"]) -> Bool[Array, " seq"]:
-    return jnp.asarray(x)
+    return _booleans("Padding: valid", "tokens != pad_id", x)
 
 
 def _as_matrix(x: Bool[Array | np.ndarray, "q kv"]) -> Bool[Array, "q kv"]:
-    return jnp.asarray(x)
+    return _booleans("Dense: allowed", "matrix > 0", x)
+
+
+def _booleans(what: str, example: str, x: Any) -> Array:
+    x = jnp.asarray(x)
+    if x.dtype != jnp.bool_:
+        raise ValueError(
+            f"{what} has dtype {x.dtype} but must be boolean, true where one may attend, e.g. "
+            f"{example}."
+        )
+    return x
 
 
 def _classify(none: Any, all_: Any) -> Int[Array, "..."]:

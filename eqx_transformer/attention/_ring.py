@@ -66,7 +66,9 @@ def ring_attention(
         `shard_map` with the spec `P()`. Heads count from 0 on every device.
     - `q_positions`, `kv_positions`: absolute positions of this device's shards; if left out, what
         `layout` says.
-    - `layout`: how the sequence lies on the devices, `"contiguous"` or `"zigzag"`.
+    - `layout`: how the sequence lies on the devices, `"contiguous"` or `"zigzag"`. Where positions
+        are given it only says that a shard is one run of them, or two, which is how closely it is
+        known what a mask excludes.
 
     Returns:
 
@@ -89,11 +91,6 @@ def ring_attention(
     stripes = 2 if layout == "zigzag" else 1
     positions = []
     for name, x, given in (("q", q, q_positions), ("kv", k, kv_positions)):
-        if given is not None and stripes > 1:
-            raise ValueError(
-                f"ring_attention: {name}_positions and layout='zigzag' both say where the shards "
-                "lie; leave one of them out."
-            )
         if x.shape[0] % stripes:
             raise ValueError(
                 f"ring_attention: the zigzag layout halves every shard, but {name}_seq="

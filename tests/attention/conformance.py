@@ -480,3 +480,25 @@ def all_args(case: Case, dtype: Any) -> tuple[Any, Any, Any]:
 
 def wide_args(case: Case, dtype: Any) -> tuple[Any, Any, Any]:
     return jax.tree.map(lambda x: x.astype(jnp.float64), all_args(case, dtype))
+
+
+def equations(jaxpr):
+    """All operations of a traced program, those of the programs inside of it included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        # The forward pass. The others begin with zeros for every gradient, wanted or not.
+        is_map = equation.primitive.name == "linear_map"
+        if is_map and equation.params["num_residuals"] == len(equation.invars):
+            yield from equations(_inside(equation))
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def _inside(equation):
+    """The program that a map of residuals alone stands for."""
+    shapes = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in equation.invars]
+    return jax.make_jaxpr(lambda *x: equation.params["forward"](list(x), []))(*shapes).jaxpr

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import eqx_transformer.attention as attn
+from eqx_transformer.attention import _inputs
 
 from .conformance import (
     CHUNKED_SMALL,
@@ -243,3 +244,15 @@ def test_narrow_inputs_lose_only_the_last_rounding(implementation, dtype):
     eps = float(jnp.finfo(dtype).eps)
     assert error.max() < eps * np.abs(np.asarray(args["v"], np.float64)).max()
     assert np.abs(np.asarray(lse) - expected_lse).max() < tolerance("float32") * 10
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_what_is_excluded_is_found_in_pieces(name, monkeypatch):
+    """For long sequences, whose pairs of positions must never be there all at once."""
+    q, kv = jnp.ones((SEQ, HEADS, DIM)), jnp.ones((SEQ, KV_HEADS, DIM))
+    whole = _inputs.make_inputs(q, kv, kv, mask=PADDED[name]["mask"])
+    monkeypatch.setattr(_inputs, "_PAIRS_AT_A_TIME", 3 * SEQ)
+    pieces = _inputs.make_inputs(q, kv, kv, mask=PADDED[name]["mask"])
+    assert not whole.k.all()
+    for x, y in zip((whole.q, whole.k, whole.v), (pieces.q, pieces.k, pieces.v), strict=True):
+        np.testing.assert_array_equal(x, y)

@@ -17,6 +17,7 @@ from .conformance import (
     REFERENCE,
     assert_close,
     compiled,
+    equations,
 )
 from .oracles import (
     Affine,
@@ -147,26 +148,15 @@ def test_vmap_of_a_mask_value(implementation):
 # --- vmap keeps the algorithm --------------------------------------------------------------------
 
 
-def _equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from _equations(inner)
-
-
 def _loops(function, *args):
-    names = [x.primitive.name for x in _equations(jax.make_jaxpr(function)(*args).jaxpr)]
+    names = [x.primitive.name for x in equations(jax.make_jaxpr(function)(*args).jaxpr)]
     return {name: names.count(name) for name in ("scan", "while", "linear_map")}
 
 
 def _copies(function, args, like):
     """Equations that repeat an array as large as `like`, with its last axis, over a batch."""
     found = []
-    for equation in _equations(jax.make_jaxpr(function)(*args).jaxpr):
+    for equation in equations(jax.make_jaxpr(function)(*args).jaxpr):
         if equation.primitive.name in ("broadcast_in_dim", "concatenate", "tile"):
             source = max(equation.invars, key=lambda x: x.aval.size).aval
             is_like = source.size >= like.size and like.shape[-1] in source.shape

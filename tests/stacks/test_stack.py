@@ -5,7 +5,13 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from eqx_transformer.attention import Causal, Padding, SlidingWindow
+from eqx_transformer.attention import (
+    Causal,
+    Padding,
+    Segments,
+    SlidingWindow,
+    dot_product_attention,
+)
 from eqx_transformer.nn import MLP, Attention, LayerNorm, RMSNorm, RoPE
 from eqx_transformer.stacks import BlockSequence, Residual, Stack, TransformerBlock
 
@@ -140,6 +146,22 @@ def test_keys_differ_from_layer_to_layer(getkey):
     _close(off(x, key=key), _loop(off.unstack(), x))
 
 
+def test_apply_with(getkey):
+    """What blocks are, and do, on the way comes out with an axis for the layers."""
+    stack, x = Stack(_make_block, 3, key=getkey()), jr.normal(getkey(), (SEQ, D_MODEL))
+
+    def twice(block, x, **options):
+        y = block(x, **options)
+        return y, (x, options["mask"])
+
+    mask = Causal()
+    out, (inputs, masks) = stack.apply_with(twice, x, mask=mask, key=getkey())
+    np.testing.assert_allclose(out, stack(x, mask=mask), atol=1e-6)
+    np.testing.assert_array_equal(inputs[0], x)
+    np.testing.assert_allclose(inputs[2], stack[1](inputs[1], mask=mask), atol=1e-6)
+    assert isinstance(masks, Causal)  # what is no array is the same in all layers
+
+
 @pytest.mark.parametrize("options", [{}, {"unroll": 3}], ids=["scan", "unroll"])
 def test_extend(getkey, options):
     stack = Stack(_make_block, DEPTH, key=getkey(), **options)
@@ -181,3 +203,23 @@ def test_errors(getkey):
     # The blocks of a stack are not a layer.
     with pytest.raises((ValueError, TypeError)):
         Stack(_make_block, 2, key=getkey()).blocks(jnp.ones((SEQ, D_MODEL)))
+
+
+def test_documents_take_memory_linear_in_the_sequence():
+    """What does not depend on the layer, the masks of all tiles, is not kept by the loop."""
+    stack = eqx.tree_at(
+        lambda stack: stack.blocks.attention.attention_fn,
+        Stack(_make_block, DEPTH, key=jr.key(0)),
+        eqx.Partial(dot_product_attention, block_size=128),
+    )
+    params, static = eqx.partition(stack, eqx.is_inexact_array)
+
+    def temporaries(seq):
+        def loss(params, x, ids):
+            return (eqx.combine(params, static)(x, mask=Segments(ids)) ** 2).sum()
+
+        x, ids = jnp.ones((seq, D_MODEL)), jnp.arange(seq) // 100
+        compiled = jax.jit(jax.grad(loss)).lower(params, x, ids).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(2048) < 2.5 * temporaries(1024)

@@ -19,7 +19,7 @@ from eqx_transformer.attention._kernels._passes import kernel_passes
 from eqx_transformer.attention._kernels._tuning import Tiles
 from eqx_transformer.attention._reference import reference
 
-from ..conformance import assert_close, compiled
+from ..conformance import assert_close, compiled, equations
 from .problems import CAUSAL, IDS, NAMED, PROBLEMS, RELATIVE, SCALED, Problem, like, marked
 
 SMALL = kernel_passes(Tiles(16, 32))
@@ -117,19 +117,10 @@ def test_vmap_copies_nothing():
 
     q, k = jnp.zeros((3, 40, 4, 16)), jnp.zeros((40, 2, 16))
     batched = jax.vmap(run, in_axes=(0, None, None))
-    (kernel,) = _kernels(jax.make_jaxpr(batched)(q, k, RELATIVE.table).jaxpr)
+    program = jax.make_jaxpr(batched)(q, k, RELATIVE.table).jaxpr
+    (kernel,) = [x for x in equations(program) if x.primitive.name == "attention_kernel"]
     shapes = sorted(x.aval.shape for x in kernel.invars if len(x.aval.shape) > 1)
     assert shapes == [q.shape, k.shape, k.shape]
-
-
-def _kernels(jaxpr: Any) -> Any:
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "attention_kernel":
-            yield eqn
-        for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from _kernels(inner)
 
 
 def test_drops_the_same_weights():
