@@ -33,6 +33,10 @@ from ..attention._varying import vary_alike
 Block = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 """From the arrays of one expert, and rows: results for every row, and sums over the rows."""
 
+Loop = Callable[[Block, int, PyTree, PyTree, Array], tuple[PyTree, PyTree]]
+"""`(block, num_groups, params, rows, groups)` to results for every row and sums for every group. It
+need not be differentiable."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Tangent:
@@ -78,11 +82,13 @@ class _Push:
 
     block: Block
     num_groups: int
+    loop: Loop
 
     def __call__(self, residuals: PyTree, operands: PyTree) -> tuple[PyTree, PyTree]:
         (params, rows, groups), (dparams, drows) = residuals, operands
         inputs = ((params, dparams), (rows, drows), groups)
-        return _grouped(inputs, block=_Tangent(self.block), num_groups=self.num_groups)
+        block = _Tangent(self.block)
+        return _grouped(inputs, block=block, num_groups=self.num_groups, loop=self.loop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,18 +97,25 @@ class _Pull:
 
     block: Block
     num_groups: int
+    loop: Loop
     moving: tuple[bool, ...]
 
     def __call__(self, residuals: PyTree, cotangents: PyTree) -> tuple[PyTree, PyTree]:
         (params, rows, groups), (row_cotangents, sum_cotangents) = residuals, cotangents
         inputs = ((params, sum_cotangents), (rows, row_cotangents), groups)
         block = _Transpose(self.block, self.moving)
-        drows, dparams = _grouped(inputs, block=block, num_groups=self.num_groups)
+        drows, dparams = _grouped(inputs, block=block, num_groups=self.num_groups, loop=self.loop)
         return dparams, drows
 
 
 def grouped_map(
-    block: Block, params: PyTree, rows: PyTree, groups: Int[Array, " rows"], num_groups: int
+    block: Block,
+    params: PyTree,
+    rows: PyTree,
+    groups: Int[Array, " rows"],
+    num_groups: int,
+    *,
+    loop: Loop | None = None,
 ) -> PyTree:
     """Applies `block` to the rows of every group, with the parameters of that group.
 
@@ -112,44 +125,46 @@ def grouped_map(
     - `params`, `rows`: `[num_groups, ...]` and `[rows, ...]`.
     - `groups`: the group of every row; rows of group `num_groups` go nowhere and give zeros.
     - `num_groups`: how many groups.
+    - `loop`: who computes it, and every derivative; `local_loop` if not given.
 
     Returns:
 
     The results for every row, `[rows, ...]`.
     """
     inputs = vary_alike((params, rows, groups))
-    return _grouped(inputs, block=block, num_groups=num_groups)[0]
+    loop = local_loop if loop is None else loop
+    return _grouped(inputs, block=block, num_groups=num_groups, loop=loop)[0]
 
 
 @eqx.filter_custom_jvp
-def _grouped(inputs: PyTree, *, block: Block, num_groups: int) -> tuple[PyTree, PyTree]:
+def _grouped(inputs: PyTree, *, block: Block, num_groups: int, loop: Loop) -> tuple[PyTree, PyTree]:
     """Results for every row, and sums for every group."""
-    return _compiled(inputs, block, num_groups)
+    return _compiled(inputs, block, num_groups, loop)
 
 
 @eqx.filter_jit
-def _compiled(inputs: PyTree, block: Block, num_groups: int) -> tuple[PyTree, PyTree]:
+def _compiled(inputs: PyTree, block: Block, num_groups: int, loop: Loop) -> tuple[PyTree, PyTree]:
     # Compiled once a structure and shape, also for callers who do not use `jax.jit`.
-    return _foldable(block, num_groups)(*inputs)
+    return _foldable(block, num_groups, loop)(*inputs)
 
 
 @_grouped.def_jvp
 def _grouped_jvp(
-    primals: Any, tangents: Any, *, block: Block, num_groups: int
+    primals: Any, tangents: Any, *, block: Block, num_groups: int, loop: Loop
 ) -> tuple[PyTree, PyTree]:
     (inputs,), ((dparams, drows, _),) = primals, tangents
-    out = _grouped(inputs, block=block, num_groups=num_groups)
-    return out, _push(block, num_groups, inputs, (dparams, drows))
+    out = _grouped(inputs, block=block, num_groups=num_groups, loop=loop)
+    return out, _push(block, num_groups, loop, inputs, (dparams, drows))
 
 
-def _push(block: Block, num_groups: int, inputs: PyTree, tangents: PyTree) -> PyTree:
+def _push(block: Block, num_groups: int, loop: Loop, inputs: PyTree, tangents: PyTree) -> PyTree:
     moving = tuple(jax.tree.leaves(_moving(inputs[:2], tangents)))
     return linear_map(
-        _Push(block, num_groups),
-        _Pull(block, num_groups, moving),
+        _Push(block, num_groups, loop),
+        _Pull(block, num_groups, loop, moving),
         inputs,
         tangents,
-        batch=_PushBatch(block, num_groups),
+        batch=_PushBatch(block, num_groups, loop),
     )
 
 
@@ -163,6 +178,7 @@ class _PushBatch:
 
     block: Block
     num_groups: int
+    loop: Loop
 
     def __call__(self, size: int, residuals: PyTree, operands: PyTree, batched: Any) -> PyTree:
         (params, rows, groups), (dparams, drows) = residuals, operands
@@ -175,7 +191,7 @@ class _PushBatch:
         if _has_sums(self.block, params, rows):
             return None
         inputs = (params, rows, fold(groups, groups_batched))
-        out = _push(self.block, self.num_groups, inputs, (dparams, drows))
+        out = _push(self.block, self.num_groups, self.loop, inputs, (dparams, drows))
         return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
 
 
@@ -190,13 +206,13 @@ def _fold(size: int, x: Array, is_batched: bool) -> Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def _foldable(block: Block, num_groups: int) -> Callable[..., Any]:
-    """The loop, with a rule for batches: one loop over the rows of all examples.
+def _foldable(block: Block, num_groups: int, loop: Loop) -> Callable[..., Any]:
+    """`loop`, with a rule for batches: one loop over the rows of all examples.
 
     Only computes: derivatives are taken outside, so that JAX's having none of reverse mode for
     `custom_vmap` is no loss.
     """
-    run = custom_vmap(partial(_loop, block, num_groups))
+    run = custom_vmap(partial(loop, block, num_groups))
 
     @run.def_vmap
     def rule(size: int, batched: Any, params: PyTree, rows: PyTree, groups: Array) -> Any:
@@ -220,14 +236,14 @@ def _foldable(block: Block, num_groups: int) -> Callable[..., Any]:
             total = size * num_groups
         else:
             total = num_groups
-        out, sums = _foldable(block, total)(params, rows, groups)
+        out, sums = _foldable(block, total, loop)(params, rows, groups)
         result = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), (out, sums))
         return result, jax.tree.map(lambda _: True, result)
 
     return run
 
 
-def _shapes(block: Block, params: PyTree, rows: PyTree, size: int) -> tuple[PyTree, PyTree]:
+def shapes_of(block: Block, params: PyTree, rows: PyTree, size: int) -> tuple[PyTree, PyTree]:
     """What `block` makes of `size` rows."""
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), rows)
@@ -235,10 +251,10 @@ def _shapes(block: Block, params: PyTree, rows: PyTree, size: int) -> tuple[PyTr
 
 
 def _has_sums(block: Block, params: PyTree, rows: PyTree) -> bool:
-    return bool(jax.tree.leaves(_shapes(block, params, rows, 1)[1]))
+    return bool(jax.tree.leaves(shapes_of(block, params, rows, 1)[1]))
 
 
-def _loop(
+def local_loop(
     block: Block, num_groups: int, params: PyTree, rows: PyTree, groups: Int[Array, " rows"]
 ) -> tuple[PyTree, PyTree]:
     """`_grouped` for one example, without derivatives."""
@@ -250,7 +266,8 @@ def _loop(
     # Blocks that are not full: at most one a group.
     most = min(num_rows, num_rows // size + num_groups)
     numbers = jnp.arange(most, dtype=jnp.int32)
-    group_of = jnp.searchsorted(ends, numbers, side="right", method="compare_all")
+    # Not `jnp.searchsorted`, which JAX 0.10 refuses where a mesh is manual in part.
+    group_of = jnp.sum(ends[None] <= numbers[:, None], axis=1, dtype=jnp.int32)
     group_of = jnp.minimum(group_of, num_groups - 1)
     first_of = starts[group_of] + size * (numbers - (ends - blocks)[group_of])
     order = jnp.pad(order, (0, size))
@@ -275,7 +292,7 @@ def _loop(
         sums = jax.tree.map(lambda x, y: x.at[group].add(y.astype(x.dtype)), sums, add)
         return outs, sums
 
-    out_shapes, sum_shapes = _shapes(block, params, rows, size)
+    out_shapes, sum_shapes = shapes_of(block, params, rows, size)
     zeros = (
         jax.tree.map(lambda x: jnp.zeros((num_rows + size, *x.shape[1:]), x.dtype), out_shapes),
         jax.tree.map(

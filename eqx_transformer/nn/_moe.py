@@ -57,10 +57,10 @@ class MixtureOfExperts(eqx.Module):
         weights = route_scale * scores[experts] / sum(scores[experts])
         y       = sum_i weights[i] * experts[i](x)  +  sigmoid(shared_gate(x)) * shared_experts(x)
 
-    Takes the place of an `MLP`. Only what is chosen is computed. There is no state: losses and
-    loads are returned by `apply_with_stats`. (Shazeer et al., 2017; softmax and capacity: Fedus et
-    al., 2021; sigmoid, `selection_bias`, `route_scale` and shared experts: DeepSeek-AI, 2024,
-    "DeepSeek-V3 Technical Report", equations 12 to 16.)
+    Takes the place of an `MLP`. Only what is chosen is computed, without a capacity by
+    `experts_fn`. There is no state: losses and loads are returned by `apply_with_stats`. (Shazeer
+    et al., 2017; softmax and capacity: Fedus et al., 2021; sigmoid, `selection_bias`, `route_scale`
+    and shared experts: DeepSeek-AI, 2024, "DeepSeek-V3 Technical Report", equations 12 to 16.)
     """
 
     router: AbstractLinear
@@ -68,6 +68,7 @@ class MixtureOfExperts(eqx.Module):
     shared_experts: Callable[..., Array] | None
     shared_gate: AbstractLinear | None
     selection_bits: Int[Array, " num_experts"] | None
+    experts_fn: Callable[..., PyTree]
     inference: bool
     num_experts: int = eqx.field(static=True)
     top_k: int = eqx.field(static=True)
@@ -128,7 +129,7 @@ class MixtureOfExperts(eqx.Module):
             that what happens to one does not depend on later ones, only on how many there are.
             What an expert does not accept adds nothing to the output. `None`: no limit, nothing is
             dropped; only so is a sequence in parts (with a cache) the same as the whole. A batch is
-            then computed as one: where it is spread over devices, inside `jax.shard_map`.
+            then computed as one; where it is spread over devices, see `sharding.expert_parallel`.
         - `shared_experts`: a Module that every position goes through besides, such as an `MLP`;
             called as `shared_experts(x, key=key)`.
         - `shared_gate`: whether their output is multiplied by a sigmoid gate, one number a position
@@ -197,6 +198,7 @@ class MixtureOfExperts(eqx.Module):
                 d_model, 1, dtype=dtype, key=jax.random.fold_in(router_key, 0)
             )
         self.selection_bits = jnp.zeros((num_experts,), jnp.int32) if selection_bias else None
+        self.experts_fn = grouped_map
         self.inference = False
         self.num_experts = num_experts
         self.top_k = top_k
@@ -357,7 +359,8 @@ class MixtureOfExperts(eqx.Module):
         rows = jnp.repeat(x, self.top_k, axis=0)
         groups = chosen.reshape(-1)
         leaves, treedef = jax.tree.flatten(static)
-        out = grouped_map(_Expert(tuple(leaves), treedef), params, rows, groups, self.num_experts)
+        expert = _Expert(tuple(leaves), treedef)
+        out = self.experts_fn(expert, params, rows, groups, self.num_experts)
         return out.reshape(*chosen.shape, -1)
 
     def _with_capacity(self, x: Array, chosen: Array) -> tuple[Array, Array]:

@@ -17,6 +17,8 @@ class ParallelConfig(AbstractConfig):
     One of the axes may be -1: it gets the devices that are left.
     """
 
+    pipe: int = 1
+    """Parts of the layers, and of the batch outside of them."""
     data: int = -1
     """Parts of the batch, with all parameters each."""
     fsdp: int = 1
@@ -25,6 +27,8 @@ class ParallelConfig(AbstractConfig):
     """Parts of heads, hidden units and vocabulary."""
     expert: int = 1
     """Parts of the batch, over which the experts are split as well."""
+    context: int = 1
+    """Parts of every sequence."""
     fsdp_min_size: int = 2**18
     """From how many elements on a parameter is split over `fsdp`."""
 
@@ -38,7 +42,7 @@ class ParallelConfig(AbstractConfig):
         rest = [name for name, size in sizes.items() if size == -1]
         if len(rest) > 1:
             raise ValueError(
-                f"ParallelConfig: {' and '.join(rest)} are both -1; only one can be the rest."
+                f"ParallelConfig: {' and '.join(rest)} are all -1; only one can be the rest."
             )
         if self.fsdp_min_size < 0:
             raise ValueError(
@@ -74,8 +78,10 @@ class ParallelConfig(AbstractConfig):
 
     def _sizes(self) -> dict[str, int]:
         return {
+            "pipe": self.pipe,
             "data": self.data,
             "fsdp": self.fsdp,
             "expert": self.expert,
+            "context": self.context,
             "tensor": self.tensor,
         }

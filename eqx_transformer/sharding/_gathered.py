@@ -11,8 +11,8 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from ..models._places import Place, map_with_place
 from ..nn import AbstractLinear
-from ._place import auto, shardings
-from ._rules import Rules, check_axes, in_layer, is_shaped
+from ._place import auto, mesh_here, shardings
+from ._rules import Rules, axis_names, check_axes, in_layer, is_shaped
 
 Model = TypeVar("Model")
 
@@ -79,13 +79,16 @@ class _Gather(NamedTuple):
     dtype: Any
 
     def __call__(self, x: Array) -> Array:
-        dtype = x.dtype
+        mesh, dtype = mesh_here(self.rest.mesh), x.dtype
+        names = {name for entry in self.rest.spec for name in axis_names(entry)}
+        if names.intersection(mesh.manual_axes):
+            return x  # It was gathered where these axes were taken from the compiler.
         x = x.astype(self.dtype)
         # Both: between them it travels, in this dtype, and its cotangent back.
         for sharding in (self.rest, self.use):
             more = (P.UNCONSTRAINED,) * (x.ndim - len(sharding.spec))  # axes that count layers
             spec = P(*more, *sharding.spec)
-            x = jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
         return x.astype(dtype)
 
 

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PRNGKeyArray, PyTree
 
@@ -62,15 +62,25 @@ def init_sharded(
     return eqx.combine(jax.jit(arrays, out_shardings=shardings(shapes, mesh, rules))(key), static)
 
 
-def batch_sharding(mesh: Mesh, rules: Rules | None = None) -> NamedSharding:
+def batch_sharding(
+    mesh: Mesh, rules: Rules | None = None, *, sequence: bool = False
+) -> NamedSharding:
     """How the first axis of every array in a batch is split, for `jax.device_put`.
 
     For several hosts, with a part of the batch each, it is what
     `jax.make_array_from_process_local_data` is given.
+
+    Arguments:
+
+    - `mesh`, `rules`: as in `shard`.
+    - `sequence`: whether the second axis is a sequence, which is split for `context_parallel`.
     """
     rules = check_axes(mesh, rules)
     names = tuple(name for name in rules.batch if mesh_size(mesh, name) > 1)
-    return NamedSharding(auto(mesh), P(names) if names else P())
+    entries = [names if names else None]
+    if sequence and rules.context is not None and mesh_size(mesh, rules.context) > 1:
+        entries.append((rules.context,))
+    return NamedSharding(auto(mesh), P(*entries) if any(entries) else P())
 
 
 def shardings(model: PyTree, mesh: Mesh, rules: Rules | None) -> PyTree:
@@ -81,6 +91,12 @@ def shardings(model: PyTree, mesh: Mesh, rules: Rules | None) -> PyTree:
         specs(model, mesh, rules),
         is_leaf=lambda x: isinstance(x, P),
     )
+
+
+def mesh_here(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
+    """The mesh, or inside `jax.shard_map` what that has left of it."""
+    here = jax.sharding.get_abstract_mesh()
+    return here if here.manual_axes else mesh
 
 
 def auto(mesh: Mesh) -> Mesh:

@@ -54,7 +54,8 @@ class Rules:
     The mesh decides what kind of parallelism it is: axes that it does not have count as of length
     one. As it comes, `"data"` splits the batch; `"fsdp"` the batch and the parameters, which are
     gathered where they are used (see `gathered`); `"tensor"` heads and hidden units; `"expert"` the
-    experts of `MixtureOfExperts`, and the batch.
+    experts of `MixtureOfExperts`, and the batch; `"context"` sequences (see `context_parallel`);
+    `"pipe"` the layers of a `Stack`, and the batch (see `pipeline_parallel`).
 
     Arguments:
 
@@ -64,6 +65,8 @@ class Rules:
         free and divides. (Zhao et al., 2023; stage 3 of Rajbhandari et al., 2020.)
     - `fsdp_min_size`: from how many elements on, in one layer and one expert.
     - `expert`: a mesh axis that splits the axis which counts experts.
+    - `context`: a mesh axis that splits sequences.
+    - `pipe`: a mesh axis that splits the axis which counts layers, where it divides.
     - `batch`: the mesh axes that split the first axis of a batch.
     """
 
@@ -71,7 +74,9 @@ class Rules:
     fsdp: str | None = "fsdp"
     fsdp_min_size: int = 2**18
     expert: str | None = "expert"
-    batch: tuple[str, ...] = ("data", "fsdp", "expert")
+    context: str | None = "context"
+    pipe: str | None = "pipe"
+    batch: tuple[str, ...] = ("pipe", "data", "fsdp", "expert")
 
     def __post_init__(self) -> None:
         if self.fsdp_min_size < 0:
@@ -88,7 +93,8 @@ class Rules:
     def axes(self) -> frozenset[str]:
         """All mesh axes that are named."""
         names = {name for rule in self.table for entry in rule.spec for name in axis_names(entry)}
-        names.update(self.batch, *(axis_names(axis) for axis in (self.fsdp, self.expert)))
+        more = (self.fsdp, self.expert, self.context, self.pipe, *self.batch)
+        names.update(name for name in more if name is not None)
         return frozenset(names)
 
     def first(self, *rules: Rule) -> "Rules":
@@ -151,6 +157,9 @@ def leading(place: Place, x: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> li
                     f"devices of the mesh axis {rules.expert!r} do not divide; use as many as do."
                 )
             entries[axis] = rules.expert
+        stages = mesh_size(mesh, rules.pipe)
+        if kind == "layers" and stages > 1 and x.shape[axis] % stages == 0:
+            entries[axis] = rules.pipe
     return entries
 
 

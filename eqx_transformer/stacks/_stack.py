@@ -26,10 +26,12 @@ class Stack(eqx.Module):
     hundred, and an optimiser sees few leaves. Mind that parameters have one axis more than in a
     layer: the weight of a norm has two.
 
-    A pattern of different layers (five local, one global) is a block made of blocks.
+    A pattern of different layers (five local, one global) is a block made of blocks. Who runs the
+    layers is `layers_fn`, which `sharding.pipeline_parallel` replaces.
     """
 
     blocks: AbstractBlock
+    layers_fn: Callable[..., tuple[Array, Any]]
     num_layers: int = eqx.field(static=True)
     remat: Remat = eqx.field(static=True)
     unroll: int = eqx.field(static=True)
@@ -60,6 +62,7 @@ class Stack(eqx.Module):
             raise ValueError(f"Stack: unroll={unroll} must be at least 1.")
         keys = jax.random.split(key, num_layers)
         self.blocks = eqx.filter_vmap(lambda key: make_block(key=key))(keys)
+        self.layers_fn = scan_layers
         self.num_layers = num_layers
         self.remat = remat
         self.unroll = unroll
@@ -113,8 +116,8 @@ class Stack(eqx.Module):
         def apply(block: AbstractBlock, x: Array, **options: Any) -> tuple[Array, None]:
             return block(x, **options), None
 
-        options = {"context": context, "mask": mask, "positions": positions}
-        return self._scan(apply, x, key, options)[0]
+        options = {"context": context, "mask": mask, "positions": positions, "key": key}
+        return self.apply_with(apply, x, **options)[0]
 
     @jax.named_scope("eqx_transformer.stacks.Stack.apply_with_stats")
     @unbatched(x="seq d_model")
@@ -149,24 +152,37 @@ class Stack(eqx.Module):
                 f"Stack: {type(self.blocks).__name__} has no apply_with_stats; call the stack, or "
                 "give the block such a method."
             )
-        options = {"context": context, "mask": mask, "positions": positions}
-        return self._scan(apply, x, key, options)
+        options = {"context": context, "mask": mask, "positions": positions, "key": key}
+        return self.apply_with(apply, x, **options)
 
-    def _scan(
+    @unbatched(x="seq d_model")
+    def apply_with(
         self,
         apply: Callable[..., tuple[Array, Any]],
-        x: Array,
-        key: PRNGKeyArray | None,
-        options: dict[str, Any],
-    ) -> tuple[Array, Any]:
+        x: Float[Array, "seq d_model"],
+        *,
+        context: Any = None,
+        mask: AbstractMask | None = None,
+        positions: Int[Array, " seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "seq d_model"], Any]:
+        """Applies the blocks in order, each in a way of one's own: the place to look into a stack.
+
+        Arguments:
+
+        - `apply`: `apply(block, x, context=, mask=, positions=, key=)` is called with one block at
+            a time and returns the next `x`, and anything else.
+        - The others are those of `__call__`.
+
+        Returns:
+
+        The sequence, and all that `apply` returned besides, with a leading axis for the layers.
+        """
+        options = {"context": context, "mask": mask, "positions": positions}
         keys = None if key is None else jax.random.split(key, self.num_layers)
 
-        def step(x: Array, layer: tuple[AbstractBlock, Any]) -> tuple[Array, Any]:
-            block, key = layer
-            return apply(block, x, key=key, **options)
-
-        xs = (self.blocks, keys)
-        return filter_scan(step, x, xs, self.num_layers, unroll=self.unroll, remat=self.remat)
+        how = {"num_layers": self.num_layers, "unroll": self.unroll, "remat": self.remat}
+        return self.layers_fn(apply, self.blocks, keys, x, options, **how)
 
     def init_cache(
         self, max_len: int, dtype: DTypeLike | None = None, *, context: Any = None
@@ -202,6 +218,13 @@ class Stack(eqx.Module):
             # What a block hands back untouched (a memory it attends to) need not be copied.
             return x, jax.tree.map(lambda a, b: None if a is b else b, old, new)
 
+        for leaf in jax.tree.leaves(eqx.filter(cache, eqx.is_array)):
+            if leaf.shape[:1] != (self.num_layers,):
+                raise ValueError(
+                    f"Stack: the cache has an array of shape {leaf.shape}, but there are "
+                    f"num_layers={self.num_layers}, which its first axis counts; make it with "
+                    "init_cache of this model."
+                )
         xs = (self.blocks, cache)
         x, changed = filter_scan(step, x, xs, self.num_layers, unroll=self.unroll)
         grown = _structure(changed) != _structure(cache)
@@ -223,6 +246,26 @@ class Stack(eqx.Module):
     def unstack(self) -> tuple[AbstractBlock, ...]:
         """The layers, each on its own. `Stack.from_layers` is the way back."""
         return tuple(self[i] for i in range(self.num_layers))
+
+
+def scan_layers(
+    apply: Callable[..., tuple[Array, Any]],
+    blocks: AbstractBlock,
+    keys: Array | None,
+    x: Array,
+    options: dict[str, Any],
+    *,
+    num_layers: int,
+    unroll: int,
+    remat: Remat,
+) -> tuple[Array, Any]:
+    """`x` through stacked blocks, as `Stack.apply_with`; `keys` has one for each of them."""
+
+    def step(x: Array, layer: tuple[AbstractBlock, Any]) -> tuple[Array, Any]:
+        block, key = layer
+        return apply(block, x, key=key, **options)
+
+    return filter_scan(step, x, (blocks, keys), num_layers, unroll=unroll, remat=remat)
 
 
 def linear_drop_path(stack: Stack, rate: float) -> Stack:

@@ -1,7 +1,5 @@
 """One model on eight devices against the same model on one, and what the devices exchange."""
 
-import collections
-import functools
 import math
 import re
 
@@ -13,9 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from eqx_transformer.generation import generate
-from eqx_transformer.models import Llama, LlamaConfig, MLAConfig, MoEConfig
+from eqx_transformer.models import Llama, MLAConfig
 from eqx_transformer.sharding import (
-    Rules,
     batch_sharding,
     gathered,
     init_sharded,
@@ -25,43 +22,23 @@ from eqx_transformer.sharding import (
 )
 from eqx_transformer.training import add_lora
 
-BATCH, SEQ = 16, 12
-CONFIG = LlamaConfig(
-    vocab_size=48,
-    d_model=16,
-    num_layers=2,
-    num_heads=8,
-    num_kv_heads=4,
-    d_ff=40,
-    max_len=SEQ,
-    tie_embeddings=False,
+from .devices import (
+    BATCH,
+    COLLECTIVE,
+    CONFIG,
+    CONFIGS,
+    RULES,
+    SEQ,
+    batch,
+    bytes_on,
+    check_equal,
+    cross_entropy,
+    exchanged,
+    mesh_of,
+    on_one_device,
 )
-CONFIGS = {
-    "dense": CONFIG,
-    "experts": CONFIG.replace(moe=MoEConfig(num_experts=8, d_expert=24)),
-}
-RULES = Rules(fsdp_min_size=128)
+
 WEIGHTS = 7  # projections of a layer
-
-
-def mesh_of(**axes):
-    count = math.prod(axes.values())
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), devices=jax.devices()[:count])
-
-
-def cross_entropy(model, tokens):
-    log_p = jax.nn.log_softmax(jax.vmap(model)(tokens[:, :-1]))
-    return -jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1).mean()
-
-
-def batch():
-    return jax.random.randint(jax.random.key(1), (BATCH, SEQ + 1), 0, CONFIG.vocab_size)
-
-
-@functools.cache
-def on_one_device(kind):
-    model = Llama(CONFIGS[kind], key=jax.random.key(0))
-    return model, *eqx.filter_jit(eqx.filter_value_and_grad(cross_entropy))(model, batch())
 
 
 def on_mesh(kind, mesh):
@@ -74,34 +51,6 @@ def on_mesh(kind, mesh):
     tokens = jax.device_put(batch(), batch_sharding(mesh, RULES))
     step = eqx.filter_jit(eqx.filter_value_and_grad(loss)).lower(model, tokens).compile()
     return step.compiled.as_text(), *step(model, tokens), model
-
-
-COLLECTIVE = re.compile(
-    r"= (?P<result>[^=]*?) "
-    r"(?P<name>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
-)
-
-
-def exchanged(text):
-    """The shapes that every kind of collective makes, in the whole program."""
-    found = collections.defaultdict(list)
-    for match in COLLECTIVE.finditer(text):
-        for dims in re.findall(r"\b[fsubp]\w*\[([\d,]*)\]", match["result"]):
-            found[match["name"]].append(tuple(int(n) for n in dims.split(",") if n))
-    return found
-
-
-def check_equal(kind, value, gradient, model):
-    _, expected, expected_gradient = on_one_device(kind)
-    np.testing.assert_allclose(value, expected, atol=2e-6, rtol=0)
-    pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True)
-    for x, y in pairs:
-        assert np.abs(y).max() > 1e-4
-        np.testing.assert_allclose(x, y, atol=2e-6, rtol=0)
-    # The gradient of every parameter is where the parameter is.
-    params = jax.tree.leaves(eqx.filter(model, eqx.is_array))
-    for x, g in zip(params, jax.tree.leaves(gradient), strict=True):
-        assert g.sharding.is_equivalent_to(x.sharding, x.ndim)
 
 
 def check_collectives(text, *, fsdp, tensor, local_batch):
@@ -138,7 +87,7 @@ FAST = {"data", "fsdp and tensor"}
 def test_loss_gradient_and_collectives(name):
     axes = MESHES[name]
     text, value, gradient, model = on_mesh("dense", mesh_of(**axes))
-    check_equal("dense", value, gradient, model)
+    check_equal(value, gradient, *on_one_device("dense")[1:], model)
     examples = BATCH // (axes.get("data", 1) * axes.get("fsdp", 1))
     check_collectives(text, fsdp="fsdp" in axes, tensor="tensor" in axes, local_batch=examples)
 
@@ -147,7 +96,7 @@ def test_loss_gradient_and_collectives(name):
 @pytest.mark.parametrize("axes", [{"expert": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str)
 def test_experts(axes):
     _, value, gradient, model = on_mesh("experts", mesh_of(**axes))
-    check_equal("experts", value, gradient, model)
+    check_equal(value, gradient, *on_one_device("experts")[1:], model)
 
 
 @pytest.mark.slow
@@ -159,11 +108,6 @@ def test_without_gathering_activations_travel():
     step = eqx.filter_jit(eqx.filter_value_and_grad(cross_entropy)).lower(model, tokens).compile()
     gathers = exchanged(step.compiled.as_text())["all-gather"]
     assert (BATCH, SEQ, CONFIG.d_model) in gathers
-
-
-def bytes_on(device, tree):
-    arrays = [x for x in jax.tree.leaves(tree) if eqx.is_array(x)]
-    return sum(s.data.nbytes for x in arrays for s in x.addressable_shards if s.device == device)
 
 
 @pytest.mark.parametrize(

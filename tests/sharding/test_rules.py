@@ -140,6 +140,16 @@ def test_all_axes_at_once():
     assert split["embedding.weight"] == P("tensor", "fsdp")
 
 
+def test_layers_are_split_where_they_divide():
+    model = shapes(*KINDS["llama"])
+    split = by_path(specs(model, mesh_of(pipe=2, tensor=2)))
+    assert split["stack.blocks.attention.q_proj.weight"] == P("pipe", None, "tensor")
+    assert split["stack.blocks.mlp_residual.norm.weight"] == P("pipe")
+    assert split["norm.weight"] == P()
+    assert split["head.weight"] == P(None, "tensor")
+    assert not any(by_path(specs(model, mesh_of(pipe=3))).values())  # of 4 layers
+
+
 def test_adapters_and_quantised_weights_are_split_alike():
     key = jax.random.key(0)
     adapted = add_lora(Llama(LLAMA, key=key), rank=2, alpha=2.0, dora=True, key=key)
@@ -184,6 +194,11 @@ def test_axes_of_a_batch():
     assert batch_sharding(jax.make_mesh((2, 2), ("data", "tensor"))).spec == P(("data",))
     assert batch_sharding(jax.make_mesh((2, 4), ("fsdp", "expert"))).spec == P(("fsdp", "expert"))
     assert batch_sharding(jax.make_mesh((8,), ("tensor",))).spec == P()
+    mesh = jax.make_mesh((2, 2, 2), ("data", "context", "pipe"))
+    assert batch_sharding(mesh).spec == P(("pipe", "data"))
+    assert batch_sharding(mesh, sequence=True).spec == P(("pipe", "data"), ("context",))
+    mesh = jax.make_mesh((2,), ("context",))
+    assert batch_sharding(mesh, sequence=True).spec == P(None, ("context",))
 
 
 def test_meshes_are_taken_as_auto():
@@ -234,10 +249,12 @@ def _is_shape(x):
 def test_parallel_config():
     config = ParallelConfig(fsdp=2, tensor=2, fsdp_min_size=7)
     mesh = config.mesh()
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
+    others = {"pipe": 1, "expert": 1, "context": 1}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2} | others
     assert config.rules() == Rules(fsdp_min_size=7)
     assert ParallelConfig.from_json(config.to_json()) == config
-    assert config.replace(expert=2).mesh().shape["expert"] == 2
+    for name in others:
+        assert config.replace(**{name: 2}).mesh().shape[name] == 2
     assert dict(ParallelConfig(data=1, tensor=-1).mesh(jax.devices()[:4]).shape)["tensor"] == 4
 
 
@@ -245,7 +262,7 @@ def test_parallel_config():
     ("fields", "message"),
     [
         ({"fsdp": 0}, "fsdp=0 must be at least 1"),
-        ({"fsdp": -1}, "data and fsdp are both -1"),
+        ({"fsdp": -1}, "data and fsdp are all -1"),
         ({"fsdp_min_size": -1}, "fsdp_min_size=-1"),
         ({"model": 2}, "model"),
     ],
