@@ -1,10 +1,11 @@
-"""The error for the commonest mistake: a batch handed to what takes one example."""
+"""The errors for the commonest mistakes, above all a batch handed to what takes one example."""
 
 import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -19,6 +20,8 @@ def unbatched(**axes: str) -> Callable[[Function], Function]:
     Arguments:
 
     - `axes`: for each array argument, the names of its axes, separated by spaces.
+
+    Keyword arguments that all methods share (`key`, `mask`, `positions`) are checked as well.
     """
 
     # A jaxtyping import hook adds its decorator below the ones it finds, so this one is outside
@@ -30,6 +33,7 @@ def unbatched(**axes: str) -> Callable[[Function], Function]:
 
         @functools.wraps(method)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
+            owner, seq = type(args[0]).__name__, None
             for name, spec in expected.items():
                 if index[name] < len(args):
                     value = args[index[name]]
@@ -37,9 +41,17 @@ def unbatched(**axes: str) -> Callable[[Function], Function]:
                     value = kwargs[name]
                 else:
                     continue
+                if isinstance(value, list | tuple):
+                    raise ValueError(
+                        f"{owner}: {name} is a {type(value).__name__}; make it an array, e.g. with "
+                        "jnp.asarray."
+                    )
                 shape = np.shape(value)
                 if len(shape) != len(spec):
-                    raise ValueError(_message(type(args[0]).__name__, name, shape, spec))
+                    raise ValueError(_message(owner, name, shape, spec))
+                if spec[0] == "seq":
+                    seq = shape[0]
+            _check_options(owner, seq, kwargs)
             return method(*args, **kwargs)
 
         return wrapper  # pyright: ignore[reportReturnType]
@@ -47,11 +59,28 @@ def unbatched(**axes: str) -> Callable[[Function], Function]:
     return decorator
 
 
+def _check_options(owner: str, seq: int | None, options: dict[str, Any]) -> None:
+    """Checks what is often given as what it is not, and is far from here when it fails."""
+    key, mask, positions = (options.get(name) for name in ("key", "mask", "positions"))
+    if isinstance(key, int):
+        raise ValueError(f"{owner}: key={key} is a number; use jax.random.key({key}).")
+    if isinstance(mask, jax.Array | np.ndarray | list):
+        raise ValueError(
+            f"{owner}: mask is an array, but masks are values: Dense(matrix) for one flag a query "
+            "and key, Padding(flags) for one a key; see eqx_transformer.attention."
+        )
+    if seq is not None and positions is not None and np.shape(positions) != (seq,):
+        raise ValueError(
+            f"{owner}: positions has shape {np.shape(positions)} but seq={seq}; give one position "
+            "for each, and wrap the call in jax.vmap for a batch."
+        )
+
+
 def _message(owner: str, name: str, shape: tuple[int, ...], spec: list[str]) -> str:
     fix = (
         "wrap the call in jax.vmap."
         if len(shape) > len(spec)
-        else "add the missing ones, e.g. with x[None]."
+        else f"add the missing ones, e.g. with {name}[None], or leave out a jax.vmap."
     )
     return (
         f"{owner} takes one example: {name} has {len(shape)} axes {shape} but must be "

@@ -63,6 +63,11 @@ def make_prompt(
 
     - `ValueError` if the prompt is empty, or it and `room` are more than the model's `max_len`.
     """
+    if not hasattr(model, "extend"):
+        raise ValueError(
+            f"{owner}: {type(model).__name__} has no init_cache and extend, so it cannot go on "
+            "with a text; use a decoder, such as Llama."
+        )
     seq = tokens.shape[0]
     if seq < 1:
         raise ValueError(f"{owner}: the prompt has {seq} tokens; it must have at least 1.")

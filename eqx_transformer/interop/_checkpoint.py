@@ -100,6 +100,8 @@ def load(directory: str | Path) -> Any:
         raise FileNotFoundError(f"load: there is no checkpoint in {directory}: no config.json.")
     try:
         description = json.loads(path.read_text())
+        if "model_type" in description and "format" not in description:
+            raise ValueError("it is that of published weights, which load_pretrained reads")
         if description["format"] != _FORMAT:
             raise ValueError(f"it says format={description['format']!r}, not {_FORMAT!r}")
         version, name = description["format_version"], description["model"]

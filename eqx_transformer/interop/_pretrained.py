@@ -101,6 +101,8 @@ class _Stored(NamedTuple):
 def _read_config(folder: Path) -> tuple[Family, Any]:
     values = read_json(folder, CONFIG)
     kind = values.get("model_type")
+    if kind is None and "format" in values:
+        raise ValueError(f"{folder / CONFIG} was written by save; use load.")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
             f"{folder / CONFIG} has model_type={kind!r}; the families that can be loaded are "

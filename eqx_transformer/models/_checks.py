@@ -1,8 +1,33 @@
 """Checks that configurations have in common."""
 
 import math
+from typing import Any
 
 from ._config import AbstractConfig
+
+
+def check_arguments(owner: str, config: Any, kind: type[Any], key: Any) -> None:
+    """Checks what a model is built from."""
+    if not isinstance(config, kind):
+        raise ValueError(
+            f"{owner}: config is a {type(config).__name__} but must be a {kind.__name__}."
+        )
+    if isinstance(key, int):
+        raise ValueError(f"{owner}: key={key} is a number; use jax.random.key({key}).")
+
+
+def check_cache(owner: str, cache: Any, kind: type[Any]) -> None:
+    """Checks that a cache is one of this kind of model, and of one example."""
+    if not isinstance(cache, kind):
+        raise ValueError(
+            f"{owner}: cache is a {type(cache).__name__} but must be a {kind.__name__}; make it "
+            "with init_cache of this model."
+        )
+    if cache.length.ndim:
+        raise ValueError(
+            f"{owner} takes one example: the cache is a batch of {cache.length.shape}; wrap the "
+            "call in jax.vmap, over tokens and cache."
+        )
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -203,10 +203,11 @@ class DeBERTa(eqx.Module):
         relative = self.relative.weight
         if self.relative_norm is not None:
             relative = self.relative_norm(relative)
-        return StackSequence(tuple(_with(relative, stack) for stack in self.stack.stacks))
+        layers = tuple(_with(relative, stack) for stack in self.stack.stacks)
+        return eqx.tree_at(lambda stack: stack.stacks, self.stack, layers)
 
 
-def _with(relative: Float[Array, "distances d_model"], stack: Stack) -> Stack:
+def _with(relative: Float[Array, "distances d_model"], stack: Any) -> Any:
     return eqx.tree_at(
         lambda stack: stack.blocks.attention.relative,
         stack,

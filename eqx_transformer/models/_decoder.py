@@ -8,6 +8,8 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from .._unbatched import unbatched
 from ..attention import AbstractMask, Padding
 from ..nn import AbstractLinear, Embedding, truncate
+from ..nn._along_last import along_last
+from ._checks import check_arguments, check_cache
 from ._encoder import encode
 from ._token_embedding import TokenEmbedding
 from ._transformer_config import TransformerConfig
@@ -52,6 +54,7 @@ class TransformerDecoder(eqx.Module):
         - `config`: the numbers.
         - `key`: for the initial weights.
         """
+        check_arguments("TransformerDecoder", config, TransformerConfig, key)
         check_no_encoder_fields("TransformerDecoder", config)
         embedding_key, stack_key, head_key = jax.random.split(key, 3)
         self.config = config
@@ -166,14 +169,14 @@ def logits(
         x = x * x.shape[-1] ** -0.5
     scores = table.attend(x) if head is None else head(x)
     if bias is not None:
-        scores = scores + jnp.broadcast_to(bias.astype(scores.dtype), scores.shape)
+        scores = scores + along_last("head", bias, scores)
     return scores
 
 
 def init_token_cache(
     config: TransformerConfig,
     embedding: TokenEmbedding,
-    stack: AnyStack,
+    stack: Any,
     max_len: int | None,
     dtype: DTypeLike | None,
     context: Any = None,
@@ -189,7 +192,7 @@ def init_token_cache(
 
 def extend(
     embedding: TokenEmbedding,
-    stack: AnyStack,
+    stack: Any,
     norm: Any,
     tokens: Int[Array, " seq"],
     cache: TokenCache,
@@ -198,6 +201,7 @@ def extend(
     length: int | Int[Array, ""] | None,
 ) -> tuple[Float[Array, "seq d_model"], TokenCache]:
     """`encode` at the next positions, given a cache of the earlier ones."""
+    check_cache("Decoder", cache, TokenCache)
     seq = tokens.shape[0]
     index = cache.length + jnp.arange(seq, dtype=jnp.int32)
     valid, new = cache.valid, embedding.valid(tokens)

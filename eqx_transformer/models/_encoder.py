@@ -9,6 +9,7 @@ from .._precision import accumulation_dtype
 from .._unbatched import unbatched
 from ..attention import AbstractMask
 from ..nn import AbstractLinear, Linear
+from ._checks import check_arguments
 from ._token_embedding import TokenEmbedding
 from ._transformer_config import TransformerConfig
 from ._transformer_parts import AnyStack, make_norm, make_stack
@@ -37,6 +38,7 @@ class TransformerEncoder(eqx.Module):
         - `config`: the numbers.
         - `key`: for the initial weights.
         """
+        check_arguments("TransformerEncoder", config, TransformerConfig, key)
         embedding_key, stack_key = jax.random.split(key)
         self.config = config
         self.embedding = TokenEmbedding(config, key=embedding_key)
@@ -112,7 +114,7 @@ class TransformerEncoder(eqx.Module):
 
 def encode(
     embedding: TokenEmbedding,
-    stack: AnyStack,
+    stack: Any,
     norm: Any,
     tokens: Int[Array, " seq"],
     *,

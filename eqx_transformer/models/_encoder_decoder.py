@@ -8,6 +8,7 @@ from .._unbatched import unbatched
 from ..attention import AbstractMask
 from ..nn import AbstractLinear
 from ..stacks import Source
+from ._checks import check_arguments
 from ._decoder import TokenCache, extend, init_token_cache, logits
 from ._encoder import encode
 from ._token_embedding import TokenEmbedding
@@ -50,6 +51,7 @@ class EncoderDecoder(eqx.Module):
         - `config`: the numbers. The decoder has `num_decoder_layers`.
         - `key`: for the initial weights.
         """
+        check_arguments("EncoderDecoder", config, TransformerConfig, key)
         check_no_encoder_fields("EncoderDecoder", config)
         keys = jax.random.split(key, 5)
         num_layers = config.num_layers
@@ -134,7 +136,7 @@ class EncoderDecoder(eqx.Module):
         return Source(memory, self.embedding.mask(source, mask)), stats
 
     @property
-    def _target(self) -> tuple[TokenEmbedding, AnyStack, Any]:
+    def _target(self) -> tuple[TokenEmbedding, Any, Any]:
         """What a target goes through."""
         embedding = eqx.tree_at(
             lambda x: x.embedding,

@@ -26,6 +26,7 @@ from ..nn import (
     RoPE,
     truncate,
 )
+from ..nn._dropout import apply_dropout
 from ..stacks import (
     AbstractBlock,
     ParallelBlock,
@@ -35,6 +36,7 @@ from ..stacks import (
     TransformerBlock,
     stack_of_kinds,
 )
+from ._checks import check_arguments, check_cache
 from ._llama_config import LayerKind, LlamaConfig
 from ._vocabulary import ACTIVATIONS, GATED, REMAT, attention_fn_of
 
@@ -87,6 +89,7 @@ class Llama(eqx.Module):
         Weights have standard deviation `1 / sqrt(fan_in)`; those that write to the residual stream
         are smaller by `1 / sqrt(2 * num_layers)`, so that its variance does not grow with depth.
         """
+        check_arguments("Llama", config, LlamaConfig, key)
         embedding_key, stack_key, head_key = jax.random.split(key, 3)
         d_model, dtype = config.d_model, config.param_dtype
         self.config = config
@@ -232,6 +235,7 @@ class Llama(eqx.Module):
 
         - An error if they do not fit; see `KVCache.append`.
         """
+        check_cache("Llama", cache, LlamaCache)
         seq = tokens.shape[0]
         at = cache.length + jnp.arange(seq, dtype=jnp.int32)
         documents = cache.documents
@@ -279,7 +283,7 @@ class Llama(eqx.Module):
             x = x + self.positions(positions, x.dtype)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        return self.embedding_dropout(x, key=key)
+        return apply_dropout("Llama", self.embedding_dropout, x, key)
 
     def _documents(self, tokens: Int[Array, " seq"]) -> Int[Array, " seq"]:
         """How many documents have begun, at every token."""

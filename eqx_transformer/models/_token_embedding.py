@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..attention import AbstractMask, Padding
 from ..nn import AbstractLinear, Embedding, LearnedPositions, Linear, SinusoidalPositions
+from ..nn._dropout import apply_dropout
 from ._transformer_config import TransformerConfig
 from ._transformer_parts import make_norm, make_positions
 
@@ -101,7 +102,7 @@ class TokenEmbedding(eqx.Module):
             x = x + self.positions(at + self.position_offset, x.dtype)
         if self.norm is not None:
             x = self.norm(x)
-        x = self.dropout(x, key=key)
+        x = apply_dropout("TokenEmbedding", self.dropout, x, key)
         return x if self.projection is None else self.projection(x)
 
     def _count(self, tokens: Int[Array, " seq"]) -> Int[Array, " seq"]:

@@ -34,7 +34,8 @@ from ._transformer_config import BlockKind, TransformerConfig
 from ._vocabulary import ACTIVATIONS, GATED, REMAT, attention_fn_of, norm_of
 
 AnyStack = Stack | StackSequence | BiasedStack
-"""What is used like a `Stack`."""
+"""What models are built with. Functions take anything that maps a sequence in the same way, such as
+what `unstacked` makes of one."""
 
 
 def check_no_encoder_fields(owner: str, config: TransformerConfig) -> None:

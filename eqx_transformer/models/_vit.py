@@ -23,6 +23,7 @@ from ..nn import (
     SinusoidalCoordinates,
     grid_coordinates,
 )
+from ..nn._dropout import apply_dropout
 from ..stacks import (
     AbstractBlock,
     BiasedStack,
@@ -33,6 +34,7 @@ from ..stacks import (
     hidden_states,
     linear_drop_path,
 )
+from ._checks import check_arguments
 from ._encoder import pool
 from ._vit_config import ViTConfig
 from ._vocabulary import ACTIVATIONS, GATED, REMAT, attention_fn_of, norm_of
@@ -61,7 +63,7 @@ class _Input(eqx.Module):
 
     x: Float[Array, "seq d_model"]
     kept: Int[Array, " patches"] | None
-    stack: Stack
+    stack: Any
     options: dict[str, Any]
 
 
@@ -96,6 +98,7 @@ class VisionTransformer(eqx.Module):
         - `config`: the numbers.
         - `key`: for the initial weights.
         """
+        check_arguments("VisionTransformer", config, ViTConfig, key)
         keys = iter(jax.random.split(key, 10))
         d_model = config.d_model
         self.config = config
@@ -293,11 +296,11 @@ class VisionTransformer(eqx.Module):
 
         x = jnp.concatenate([prefix, patches])
         x = x if self.embedding_norm is None else self.embedding_norm(x)
-        x = self.dropout(x, key=dropout_key)
+        x = apply_dropout("VisionTransformer", self.dropout, x, dropout_key)
         options = {"context": context, "mask": mask, "positions": positions}
         return _Input(x, kept, self._stack_for(grid), options)
 
-    def _stack_for(self, grid: tuple[int, int]) -> Stack:
+    def _stack_for(self, grid: tuple[int, int]) -> Any:
         """The blocks, with biases for a grid."""
         stack = self.stack.spread() if isinstance(self.stack, BiasedStack) else self.stack
         if not self.config.relative_bias or grid == self.config.grid:

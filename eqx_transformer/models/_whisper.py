@@ -9,6 +9,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 from .._unbatched import unbatched
 from ..attention import AbstractMask
 from ..nn import AbstractLinear, Convolution, LearnedPositions, SinusoidalPositions
+from ..nn._dropout import apply_dropout
 from ..stacks import Source
 from ._checks import check_sizes
 from ._config import AbstractConfig
@@ -156,7 +157,8 @@ class Whisper(eqx.Module):
         gelu = ACTIVATIONS["gelu"]
         x = gelu(self.conv2(gelu(self.conv1(features.T))))
         x = x + self.positions(jnp.arange(x.shape[0], dtype=jnp.int32), x.dtype)
-        x = self.encoder(self.encoder_dropout(x, key=keys[0]), key=keys[1])
+        x = apply_dropout("Whisper", self.encoder_dropout, x, keys[0])
+        x = self.encoder(x, key=keys[1])
         return Source(x if self.encoder_norm is None else self.encoder_norm(x))
 
     @unbatched(features="mels frames")
@@ -194,7 +196,7 @@ class Whisper(eqx.Module):
         return self._logits(x), cache
 
     @property
-    def _target(self) -> tuple[TokenEmbedding, AnyStack, Any]:
+    def _target(self) -> tuple[TokenEmbedding, Any, Any]:
         """What a target goes through."""
         return self.embedding, self.decoder, self.decoder_norm
 

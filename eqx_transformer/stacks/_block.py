@@ -8,7 +8,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask
-from ..nn import AbstractAttention, MixtureOfExperts, Modulation
+from ..nn import AbstractAttention, Modulation
 from ._condition import modulated, read_condition
 from ._residual import Branch, Norm, Residual
 
@@ -345,8 +345,7 @@ def mlp_branch(mlp: Callable[..., Array]) -> Branch:
     """An MLP as a branch; what a mixture of experts has to tell besides is what it returns too."""
 
     def branch(h: Array, key: PRNGKeyArray | None) -> tuple[Array, Any]:
-        if isinstance(mlp, MixtureOfExperts):
-            return mlp.apply_with_stats(h, key=key)
-        return mlp(h, key=key), None
+        apply = getattr(mlp, "apply_with_stats", None)
+        return (mlp(h, key=key), None) if apply is None else apply(h, key=key)
 
     return branch

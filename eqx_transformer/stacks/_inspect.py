@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .._scan import filter_scan
 from ..attention import AbstractMask, attention_weights
 from ..nn import Attention
 from ._block import AbstractBlock
@@ -27,11 +26,11 @@ def hidden_states(
     Arguments are those of the stack. Dropout must be switched off, by `eqx.nn.inference_mode`.
     """
 
-    def step(x: Array, block: Any) -> tuple[Array, Array]:
-        x = block(x, context=context, mask=mask, positions=positions)
+    def apply(block: AbstractBlock, x: Array, **options: Any) -> tuple[Array, Array]:
+        x = block(x, **options)
         return x, x
 
-    _, outputs = filter_scan(step, x, stack.blocks, stack.num_layers, unroll=stack.unroll)
+    _, outputs = stack.apply_with(apply, x, context=context, mask=mask, positions=positions)
     return jnp.concatenate([x[None], outputs])
 
 
@@ -63,7 +62,7 @@ def attention_maps(
     if not found:
         raise ValueError("attention_maps: there is no Attention in the blocks of this stack.")
 
-    def step(x: Array, block: AbstractBlock) -> tuple[Array, Array]:
+    def apply(block: AbstractBlock, x: Array, **options: Any) -> tuple[Array, Array]:
         # Every layer computes attention as it always does, and tells what it was asked besides.
         maps: list[Array] = []
 
@@ -80,8 +79,7 @@ def attention_maps(
         block = eqx.tree_at(
             lambda block: [layer.attention_fn for layer in attentions(block)], block, functions
         )
-        x = block(x, context=context, mask=mask, positions=positions)
-        return x, jnp.stack(maps)
+        return block(x, **options), jnp.stack(maps)
 
-    _, maps = filter_scan(step, x, stack.blocks, stack.num_layers)
+    _, maps = stack.apply_with(apply, x, context=context, mask=mask, positions=positions)
     return maps.reshape(-1, *maps.shape[2:])

@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..nn import DropPath, LayerScale
+from ..nn._dropout import apply_dropout
 
 Norm = Callable[[Array], Array]
 Branch = Callable[[Array, PRNGKeyArray | None], tuple[Array, Any]]
@@ -85,7 +86,7 @@ class Residual(eqx.Module):
         h, aux = branch(x if self.norm is None else self.norm(x), keys[0])
         if self.branch_norm is not None:
             h = self.branch_norm(h)
-        h = self.dropout(h, key=keys[1])
+        h = apply_dropout("Residual", self.dropout, h, keys[1])
         if self.scale is not None:
             h = self.scale(h)
         if self.drop_path is not None:
