@@ -109,6 +109,14 @@ class KVCache(eqx.Module):
         start = jnp.minimum(self.length, self.max_len - seq)
 
         def write(old: Any, new: Any) -> Any:
+            here, there = (list(x.shape) for x in (new, old))
+            if len(here) == len(there):
+                here[slots_axis(old)] = there[slots_axis(old)]
+            if here != there:
+                raise ValueError(
+                    f"KVCache: {new.shape} cannot be appended to {old.shape}, heads and positions "
+                    "first; make the cache with init_cache of this model."
+                )
             if length is not None:
                 axis, rows = slots_axis(old), jnp.arange(seq, dtype=jnp.int32)
                 new = jnp.where(jnp.broadcast_to((rows < count)[:, None], new.shape), new, 0)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._unbatched import unbatched
+from ._along_last import along_last
 
 
 class Convolution(eqx.Module):
@@ -67,5 +68,5 @@ class Convolution(eqx.Module):
             dimension_numbers=("NTC", "OIT", "NTC"),
         )[0]
         if self.bias is not None:
-            y = y + jnp.broadcast_to(self.bias.astype(y.dtype), y.shape)
+            y = y + along_last("Convolution", self.bias, y)
         return y

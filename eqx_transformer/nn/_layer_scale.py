@@ -2,6 +2,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
+from ._along_last import along_last
+
 
 class LayerScale(eqx.Module):
     """A learned factor for every feature of a residual branch: `weight * x`.
@@ -27,4 +29,4 @@ class LayerScale(eqx.Module):
         self, x: Float[Array, "*batch size"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch size"]:
         """Scales the last axis of `x`. `key` is ignored, as in Equinox."""
-        return x * jnp.broadcast_to(self.weight.astype(x.dtype), x.shape)
+        return x * along_last("LayerScale", self.weight, x)

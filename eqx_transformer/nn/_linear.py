@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
+from ._along_last import along_last
+
 
 class AbstractLinear(eqx.Module):
     """What a layer may have as a projection: an affine map of the last axis.
@@ -74,8 +76,7 @@ class Linear(AbstractLinear):
         check_linear("Linear", "weight", self.weight, x)
         y = x @ self.weight.astype(x.dtype)
         if self.bias is not None:
-            # Written out because the library also runs with rank promotion forbidden.
-            y = y + jnp.broadcast_to(self.bias.astype(x.dtype), y.shape)
+            y = y + along_last("Linear", self.bias, y)
         return y
 
 

@@ -207,7 +207,9 @@ class LatentAttention(AbstractAttention):
         rank, seq = self.kv_norm.weight.shape[0], x.shape[0]
         head_dims = self.nope_head_dim + self.v_head_dim
         # Products for each cached position and head, with the latents and with keys made of them.
-        if seq * 2 * rank <= seq * head_dims + rank * head_dims:
+        cheaper = seq * 2 * rank <= seq * head_dims + rank * head_dims
+        # One that looks at what heads compute, or changes it, is to find the same as in a call.
+        if cheaper and not getattr(self.attention_fn, "needs_heads", False):
             w = self.kv_up_proj.weight.astype(x.dtype).reshape(rank, self.num_heads, head_dims)
             w_k, w_v = w[..., : self.nope_head_dim], w[..., self.nope_head_dim :]
             absorbed = jnp.einsum("shn,chn->shc", q[..., : self.nope_head_dim], w_k)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._precision import accumulation_dtype
+from ._along_last import along_last
 
 
 class RMSNorm(eqx.Module):
@@ -47,7 +48,7 @@ class RMSNorm(eqx.Module):
         """Normalises the last axis of `x`. `key` is ignored, as in Equinox."""
         h = x.astype(accumulation_dtype(x.dtype))
         h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
-        factor = _along_last(self.weight, h)
+        factor = along_last("norm", self.weight, h)
         if self.offset:
             factor = self.offset + factor
         return (h * factor).astype(x.dtype)
@@ -93,9 +94,9 @@ class LayerNorm(eqx.Module):
         h = h - jnp.mean(h, axis=-1, keepdims=True)
         h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
         if self.weight is not None:
-            h = h * _along_last(self.weight, h)
+            h = h * along_last("norm", self.weight, h)
         if self.bias is not None:
-            h = h + _along_last(self.bias, h)
+            h = h + along_last("norm", self.bias, h)
         return h.astype(x.dtype)
 
 
@@ -128,7 +129,8 @@ class DynamicTanh(eqx.Module):
         """Maps every element of `x`. `key` is ignored, as in Equinox."""
         h = x.astype(accumulation_dtype(x.dtype))
         h = jnp.tanh(self.alpha.astype(h.dtype) * h)
-        return (h * _along_last(self.weight, h) + _along_last(self.bias, h)).astype(x.dtype)
+        h = h * along_last("norm", self.weight, h) + along_last("norm", self.bias, h)
+        return h.astype(x.dtype)
 
 
 def _check(name: str, size: int, eps: float) -> None:
@@ -136,7 +138,3 @@ def _check(name: str, size: int, eps: float) -> None:
         raise ValueError(f"{name}: size={size} must be at least 1.")
     if eps < 0:
         raise ValueError(f"{name}: eps={eps} must not be negative.")
-
-
-def _along_last(parameter: Float[Array, " size"], x: Float[Array, "*batch size"]) -> Array:
-    return jnp.broadcast_to(parameter.astype(x.dtype), x.shape)

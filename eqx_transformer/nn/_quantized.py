@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, PRNGKeyArray
 
 from .._precision import accumulation_dtype
+from ._along_last import along_last
 from ._linear import AbstractLinear, Linear, check_linear
 
 Model = TypeVar("Model")
@@ -77,9 +78,9 @@ class Int8Linear(AbstractLinear):
         """
         check_linear("Int8Linear", "values", self.values, x)
         y = _product(x, self.values)
-        y = y * jnp.broadcast_to(self.scale.astype(y.dtype), y.shape)
+        y = y * along_last("Int8Linear", self.scale, y)
         if self.bias is not None:
-            y = y + jnp.broadcast_to(self.bias.astype(y.dtype), y.shape)
+            y = y + along_last("Int8Linear", self.bias, y)
         return y.astype(x.dtype)
 
 

@@ -201,9 +201,7 @@ class SliceAttention(AbstractAttention):
         """How much of every point belongs to every slice, in float32 or wider."""
         wide = accumulation_dtype(h.dtype)
         scores = self.slice_proj(h).astype(wide)
-        temperature = jnp.broadcast_to(
-            self.temperature.astype(wide)[None, :, None], (*h.shape[:2], 1)
-        )
+        temperature = self.temperature.astype(wide)[None, :, None]
         if self.temperature_proj is not None:
             temperature = temperature + self.temperature_proj(h).astype(wide)
         if key is not None:

@@ -9,7 +9,19 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from eqx_transformer.nn import MLP, Embedding, GatedMLP, LayerNorm, Linear, RMSNorm
+from eqx_transformer.nn import (
+    MLP,
+    Convolution,
+    DynamicTanh,
+    Embedding,
+    GatedMLP,
+    Int8Linear,
+    LayerNorm,
+    LayerScale,
+    Linear,
+    RMSNorm,
+)
+from eqx_transformer.training import LoRALinear
 
 
 def _f64(x):
@@ -26,6 +38,29 @@ def test_linear(getkey, use_bias):
     np.testing.assert_allclose(linear(x), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(linear(x[0, 0]), expected[0, 0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(jax.vmap(linear)(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["norm", "layer", "tanh", "scale", "map", "int8", "conv", "dora"])
+def test_gradients_of_vectors_are_one_sum(getkey, name):
+    linear = Linear(5, 5, use_bias=True, key=getkey())
+    layer = {
+        "norm": lambda: RMSNorm(5, offset=1),
+        "layer": lambda: LayerNorm(5),
+        "tanh": lambda: DynamicTanh(5),
+        "scale": lambda: LayerScale(5),
+        "map": lambda: linear,
+        "int8": lambda: Int8Linear.from_linear(linear),
+        "conv": lambda: Convolution(5, 5, key=getkey()),
+        "dora": lambda: LoRALinear(linear, 2, alpha=1, dora=True, key=getkey()),
+    }[name]()
+    arrays, static = eqx.partition(layer, eqx.is_inexact_array)
+    x, cotangent = jr.normal(getkey(), (2, 2, 3, 5))
+
+    def value(arrays):
+        return jnp.vdot(jax.vmap(eqx.combine(arrays, static))(x), cotangent)
+
+    # Devices that have an example each would exchange the sum over examples of all positions.
+    assert "[3,5]" not in str(jax.make_jaxpr(jax.grad(value))(arrays))
 
 
 def test_linear_is_one_product(getkey):
