@@ -10,6 +10,7 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, PyTree
 
 from .._precision import accumulation_dtype
 from ..nn import MLP, AbstractAttention, AbstractLinear, CrossAttention, GatedMLP, Linear
+from ..nn._along_last import along_last
 
 Model = TypeVar("Model")
 
@@ -94,11 +95,11 @@ class LoRALinear(AbstractLinear):
             return y
         # Made again in the backward pass: it is as large as the weight.
         gain = eqx.filter_checkpoint(lambda layer: layer._gain(layer._direction()))(self)
-        gain = jnp.broadcast_to(gain.astype(x.dtype), y.shape)
+        gain = along_last("LoRALinear", gain, y)
         y = y * gain
         if self.bias is not None:
             # The base has added it, and it must not be scaled.
-            y = y + (1 - gain) * jnp.broadcast_to(self.bias.astype(x.dtype), y.shape)
+            y = y + (1 - gain) * along_last("LoRALinear", self.bias, y)
         return y
 
     def _direction(self) -> Array:
