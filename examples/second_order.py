@@ -7,7 +7,7 @@ block of attention, learns it from positions. Levenberg-Marquardt (optimistix) t
 all residuals, in forward mode, through attention, and solves a linear problem in every step; Adam
 follows the gradient. Both see all the data in every step and start from the same weights, in
 float64. In the folder `runs/second_order` there are at the end `results.json` and `losses.png`, the
-losses over time. Takes four minutes on two busy CPU cores, and needs the extra `examples`.
+losses over time. Takes a minute and a half on two CPU cores, and needs the extra `examples`.
 """
 
 import argparse
@@ -191,7 +191,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--particles", type=positive, default=5, help="particles in a set")
     add("--d-model", type=positive, default=6, help="size of the vectors")
     add("--num-heads", type=positive, default=2, help="attention heads")
-    add("--steps", type=positive, default=250, help="steps of Levenberg-Marquardt")
+    add("--steps", type=positive, default=80, help="steps of Levenberg-Marquardt")
     add("--adam-steps", type=positive, default=20000, help="steps of Adam")
     add("--learning-rate", type=positive_float, default=1e-2, help="of Adam, at the beginning")
     add("--seed", type=int, default=0, help="for weights and sets")

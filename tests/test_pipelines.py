@@ -293,3 +293,25 @@ def test_solver(name, implementation):
         scale = float(jnp.abs(y).max())
         assert scale > 1e-6  # there is something to compare
         assert float(jnp.abs(x - y).max()) <= tolerance * max(scale, 1)
+
+
+@pytest.mark.slow
+def test_a_kernel_of_jax_fails_as_the_page_says():
+    """`docs/composition.md` has a table of them; nothing is run, so no such machine is needed."""
+    kernel = pytest.importorskip("jax.experimental.pallas.ops.tpu.flash_attention").flash_attention
+
+    def attend(x):
+        return kernel(x, x, x)
+
+    gradient = jax.grad(lambda x: attend(x).sum())
+    with jax.enable_x64(False):
+        x = jnp.ones((1, 1, 128, 128))
+
+        def lower(function):
+            jax.jit(function).trace(x).lower(lowering_platforms=("tpu",))
+
+        lower(gradient)
+        with pytest.raises(TypeError, match="custom_vjp"):
+            lower(lambda x: jax.jvp(attend, (x,), (x,)))
+        with pytest.raises(NotImplementedError):
+            lower(lambda x: jax.jvp(gradient, (x,), (x,)))

@@ -1,8 +1,10 @@
 """Interleaved timing: what is compared runs in turn, so that a noisy machine disturbs all alike."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,3 +33,15 @@ def ratios(seconds: dict[str, list[float]], baseline: str) -> dict[str, float]:
         name: statistics.median(x / y for x, y in zip(values, seconds[baseline], strict=True))
         for name, values in seconds.items()
     }
+
+
+def foreign_load(seconds: float = 1.0) -> float:
+    """The share of the machine's cores that others use, watched for a while doing nothing."""
+
+    def busy() -> float:
+        user, nice, system, *_ = Path("/proc/stat").read_text().split()[1:]
+        return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+    start, before = time.perf_counter(), busy()
+    time.sleep(seconds)
+    return (busy() - before) / (time.perf_counter() - start) / (os.cpu_count() or 1)

@@ -3,7 +3,7 @@
     python tests/benchmarks/training_cpu.py [--batch 4] [--seq 256] [--layers 8] [--rounds 7]
                                             [--json FILE]
 
-A llama-like model (d_model 512, 8 heads and 4 of keys, d_ff 1408, vocabulary 8192), float32: forward,
+A llama-like model (d_model 512, 8 heads, 4 of keys, d_ff 1408, vocabulary 8192), float32: forward,
 and a step (cross-entropy and AdamW). PyTorch's and ours have the same weights and are compared in
 what they compute; attnax's and penzai's have as many of their own. "by hand" is the Equinox model
 that one writes first: a scan over layers, `vmap` of `weight @ x`, `jax.nn.dot_product_attention`, a
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness import interleaved, ratios
+from harness import foreign_load, interleaved, ratios
 
 from eqx_transformer.interop import save_pretrained
 from eqx_transformer.models import Llama, LlamaConfig
@@ -51,8 +51,7 @@ class HandLayer(eqx.Module):
         sizes += [(D_MODEL, D_FF), (D_MODEL, D_FF), (D_FF, D_MODEL)]
         keys = jax.random.split(key, len(sizes))
         self.projections = [
-            eqx.nn.Linear(*size, use_bias=False, key=k)
-            for size, k in zip(sizes, keys, strict=True)
+            eqx.nn.Linear(*size, use_bias=False, key=k) for size, k in zip(sizes, keys, strict=True)
         ]
         self.norms = [eqx.nn.RMSNorm(D_MODEL, use_bias=False) for _ in range(2)]
         self.rope = eqx.nn.RotaryPositionalEmbedding(D_MODEL // HEADS)
@@ -117,9 +116,15 @@ class JaxRun:
 
         # Their own copy, because the arrays are given away to be overwritten.
         self.state = (jax.tree.map(jnp.copy, params), optimiser.init(params))
-        self.train = jax.jit(train, donate_argnums=(0, 1)).lower(*self.state, tokens).compile()
-        self.evaluate = jax.jit(evaluate).lower(params, tokens).compile()
         self.params = params
+        self.jitted = jax.jit(train, donate_argnums=(0, 1)), jax.jit(evaluate)
+
+    def compiled(self) -> "JaxRun":
+        """Ready to run."""
+        train, evaluate = self.jitted
+        self.train = train.lower(*self.state, self.tokens).compile()
+        self.evaluate = evaluate.lower(self.params, self.tokens).compile()
+        return self
 
     def step(self) -> Any:
         """The loss, and the model is another."""
@@ -228,6 +233,24 @@ def of_penzai(layers: int, seq: int) -> tuple[Any, Any]:
     return call, [param.freeze() for param in params]
 
 
+def make_config(layers: int, seq: int) -> LlamaConfig:
+    """Of our model."""
+    return LlamaConfig(
+        vocab_size=VOCAB,
+        d_model=D_MODEL,
+        num_layers=layers,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        d_ff=D_FF,
+        max_len=seq,
+    )
+
+
+def call(model: Any, tokens: Any) -> Any:
+    """How a model of one example is called."""
+    return jax.vmap(model)(tokens)
+
+
 def installed(*names: str) -> bool:
     """Whether all of these can be imported."""
     return all(importlib.util.find_spec(name) is not None for name in names)
@@ -236,20 +259,8 @@ def installed(*names: str) -> bool:
 def make_runs(layers: int, tokens: Any) -> dict[str, Any]:
     """Everything that is compared."""
     seq = tokens.shape[1]
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        d_model=D_MODEL,
-        num_layers=layers,
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        d_ff=D_FF,
-        max_len=max(seq, 512),
-    )
+    config = make_config(layers, max(seq, 512))
     model = Llama(config, key=jax.random.key(0))
-
-    def call(model, tokens):
-        return jax.vmap(model)(tokens)
-
     saving = Llama(config.replace(remat="dots"), key=jax.random.key(0))
     runs: dict[str, Any] = {
         "ours": JaxRun(call, model, tokens),
@@ -257,12 +268,14 @@ def make_runs(layers: int, tokens: Any) -> dict[str, Any]:
         "ours, unstacked": JaxRun(call, unstacked(model), tokens),
         "by hand": JaxRun(call, ByHand(layers, jax.random.key(0)), tokens),
     }
-    if installed("torch", "transformers"):
-        runs["torch"] = TorchRun(model, tokens)
     if installed("attnax"):
         runs["attnax"] = JaxRun(*of_attnax(layers, max(seq, 512)), tokens)
     if installed("penzai"):
         runs["penzai"] = JaxRun(*of_penzai(layers, seq), tokens)
+    for run in runs.values():
+        run.compiled()
+    if installed("torch", "transformers"):
+        runs["torch"] = TorchRun(model, tokens)
     return runs
 
 
@@ -285,6 +298,7 @@ def main() -> None:
     for name in {"torch", "ours, unstacked"} & set(runs):
         np.testing.assert_allclose(ours.forward(), runs[name].forward(), rtol=1e-3, atol=1e-4)
     result: dict[str, Any] = {"jax": jax.__version__, "arguments": {**vars(args), "json": None}}
+    result["load by others before"] = round(foreign_load(), 2)
     for name in ("forward", "step"):
         seconds = interleaved({key: getattr(run, name) for key, run in runs.items()}, args.rounds)
         result[name] = {
