@@ -8,14 +8,18 @@ Folders are layers, each built from those before it:
 - `models`: a config in, a model out.
 - `generation`: sampling from a model with its cache.
 - `training`: labels for optimisers, adapters, losses and gradients that fit into memory.
+- `inspection`: values that layers compute on the way, to look at and to replace.
+- `sharding`: models on many devices.
 - `interop`: checkpoints and the outside world.
 """
 
 from . import attention as attention
 from . import generation as generation
+from . import inspection as inspection
 from . import interop as interop
 from . import models as models
 from . import nn as nn
+from . import sharding as sharding
 from . import stacks as stacks
 from . import training as training
 from ._scan import filter_scan as filter_scan

@@ -26,6 +26,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 with install_import_hook("eqx_transformer", "beartype.beartype"):
     import eqx_transformer
     import eqx_transformer.generation
+    import eqx_transformer.inspection
     import eqx_transformer.interop
     import eqx_transformer.models
     import eqx_transformer.sharding

@@ -24,6 +24,7 @@ LAYER = {
     "stacks": "stacks",
     "models": "models",
     "generation": "top",
+    "inspection": "top",
     "interop": "top",
     "sharding": "top",
     "training": "top",
@@ -31,7 +32,7 @@ LAYER = {
 NAMESPACES = [
     "",
     *(".attention", ".nn", ".stacks", ".models"),
-    *(".generation", ".interop", ".sharding", ".training"),
+    *(".generation", ".inspection", ".interop", ".sharding", ".training"),
 ]
 # JAX outside of its stable interface, and who alone may use it.
 UNSTABLE = {

@@ -1,10 +1,17 @@
 """Every code block of the README and the docs runs."""
 
+import importlib
+import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from runpy import run_path
+from types import ModuleType
 
+import jax
 import pytest
+
+import eqx_transformer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -38,7 +45,9 @@ def run_page(page: Path) -> int:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_page(page)
+    # As users run it: optax and others do not promise to work with strict promotion.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        run_page(page)
 
 
 def test_the_readme_has_a_program():
@@ -60,6 +69,31 @@ LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
 def test_links_lead_somewhere(page):
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+REFERENCE = re.compile(r"^::: (\S+)$", re.M)
+
+
+def public_names() -> Iterator[str]:
+    """All that can be imported without an underscore."""
+    yield "eqx_transformer.filter_scan"
+    yield "eqx_transformer.models.presets"
+    for package in pkgutil.iter_modules(eqx_transformer.__path__, "eqx_transformer."):
+        if package.ispkg:
+            for name, value in vars(importlib.import_module(package.name)).items():
+                if not name.startswith("_") and not isinstance(value, ModuleType):
+                    yield f"{package.name}.{name}"
+
+
+def test_the_reference_has_every_public_name_once():
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    listed = [name for page in pages for name in REFERENCE.findall(page.read_text())]
+    assert sorted(listed) == sorted(public_names())
+
+
+def test_every_page_can_be_reached():
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
+    assert set(re.findall(r"^ +- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)) == pages
 
 
 def test_tables_are_up_to_date():
