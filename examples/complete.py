@@ -6,7 +6,7 @@
 The model is a checkpoint of `train_language_model.py`, which reads bytes, or a folder or repository
 with published weights and their tokenizer (this needs the extra `hub`). Without `--prompt` it is a
 conversation: every line that you type is appended to the text so far, whose keys and values stay in
-the cache.
+the cache. It begins to write after half a minute of compiling, and needs the extra `examples`.
 """
 
 import argparse

@@ -44,6 +44,7 @@ from eqx_transformer.sharding import (
     ParallelConfig,
     Rules,
     batch_sharding,
+    context_parallel,
     gathered,
     init_sharded,
     specs,
@@ -128,9 +129,12 @@ class RunConfig(Section):
         if self.data.context > self.model.max_len:
             sizes = f"data.context={self.data.context}, model.max_len={self.model.max_len}"
             raise ValueError(f"{sizes}: a row must not be longer than the model takes.")
-        others = {"pipe", "context", "expert"} & self.parallel.to_dict().keys()
-        if any(getattr(self.parallel, name) != 1 for name in others):
-            raise ValueError("parallel: this program splits over data, fsdp and tensor only.")
+        if self.parallel.pipe != 1 or self.parallel.expert != 1:
+            raise ValueError("parallel: this program splits over data, fsdp, tensor and context.")
+        if self.parallel.context != 1 and self.model.dropout_rate:
+            sizes = f"parallel.context={self.parallel.context}"
+            rate = f"model.dropout_rate={self.model.dropout_rate}"
+            raise ValueError(f"{sizes}, {rate}: attention weights are not dropped on a ring.")
         if self.model.moe is not None:
             raise ValueError("model.moe: this program has no loss for the balance of experts.")
         if self.data.batch % self.data.parts:
@@ -266,12 +270,16 @@ def make_step(
 ) -> Callable[[Any, State], tuple[dict[str, Array], State]]:
     """The compiled step."""
     chunked = {"z_loss": config.optimiser.z_loss, "chunk_size": config.loss_chunk}
+    of_rows = batch_sharding(mesh, rules, sequence=True)
 
     def loss(model: Llama, batch: Any) -> tuple[Array, Array]:
         tokens, keys = batch
         # Weights are gathered where they are used, and travel in the dtype that computes.
         model = gathered(model, mesh, rules, dtype=config.model.dtype)
-        hidden = jax.vmap(lambda row, key: model.hidden(row[:-1], key=key))(tokens, keys)
+        model = context_parallel(model, mesh, rules)
+        # Where rows are split as well: one token is only read as a target, so the rest divides.
+        inputs = jax.lax.with_sharding_constraint(tokens[:, :-1], of_rows)
+        hidden = jax.vmap(lambda row, key: model.hidden(row, key=key))(inputs, keys)
         # In chunks of every row, not of all rows, which lie on different devices.
         of_row = functools.partial(cross_entropy_from_hidden, model.logits, **chunked)
         losses = jax.vmap(of_row)(hidden, tokens[:, 1:])

@@ -5,7 +5,8 @@
 The text is the source code of the Python standard library, which is on every machine; `--text`
 takes any file instead. Training prints samples that get better as it goes. At the end there are,
 in the folder `runs/language_model`, a checkpoint and a picture of the loss; the checkpoint is
-loaded again and samples the same text.
+loaded again and samples the same text. Takes a minute and a half on two CPU cores, and needs the
+extra `examples`.
 """
 
 import argparse

@@ -120,6 +120,21 @@ def test_killed_in_the_middle_of_a_save_it_goes_on_as_if_not(undisturbed, tmp_pa
 
 
 @pytest.mark.slow
+def test_rows_are_split_too(tmp_path):
+    """On a ring, in parts of a row."""
+    changes = {"model": CONFIG["model"] | {"dropout_rate": 0.0}}
+    meshes = {"whole": {"data": 8}, "split": {"data": 2, "tensor": 2, "context": 2}}
+    runs = []
+    for name, mesh in meshes.items():
+        config = write(tmp_path, **changes, parallel=mesh)
+        runs.append(start(config, "--output", tmp_path / name))
+    for run in runs:
+        finish(run)
+    whole, split = (losses(tmp_path / name) for name in meshes)
+    np.testing.assert_allclose(split, whole, rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_two_processes(undisturbed, tmp_path):
     """Of four devices each, over the loopback interface: the same mesh, in two places."""
     with socket.socket() as free:
@@ -203,7 +218,8 @@ def test_trains_stops_when_told_and_goes_on(tmp_path, capsys, handlers, monkeypa
         ({"optimiser": {"learning_rate": 1.0, "b2": 95.0}}, "b2=95.0 must be below 1"),
         ({"steps": "ten"}, "steps='ten' (of type str) must be int"),
         ({"model": {**CONFIG["model"], "num_heads": 5}}, "not a multiple of num_heads=5"),
-        ({"parallel": {"expert": 2}}, "splits over data, fsdp and tensor only"),
+        ({"parallel": {"context": 2}}, "attention weights are not dropped on a ring"),
+        ({"parallel": {"expert": 2}}, "splits over data, fsdp, tensor and context"),
         ({"parallel": {"data": 3}}, "are for 3 devices, but there are 8"),
     ],
 )
