@@ -85,7 +85,10 @@ def _compiled_forward(inputs: Inputs, passes: Passes) -> tuple[Array, Any]:
     # Compiled once a structure and shape, also for callers who do not use `jax.jit`. To JAX it is
     # one operation, a map that is linear in nothing: taken apart within a loop over layers, all
     # that does not depend on the layer, such as the masks of all tiles, would be computed ahead of
-    # the loop and kept, which takes memory quadratic in the sequence.
+    # the loop and kept, which takes memory quadratic in the sequence. What saves for itself is one
+    # operation already, and may be one that cannot be lowered inside of another.
+    if passes.save is not None:
+        return passes.forward(inputs)
     return linear_map(_Forward(passes), _no_cotangents, inputs, ())
 
 
