@@ -18,6 +18,7 @@ LAYERS = ["_base", "attention", "nn", "stacks", "models", "top"]
 LAYER = {
     "_precision": "_base",
     "_scan": "_base",
+    "_text_table": "_base",
     "_unbatched": "_base",
     "attention": "attention",
     "nn": "nn",

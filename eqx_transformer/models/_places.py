@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
+import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
@@ -48,6 +49,11 @@ def map_with_place(
         return function(Place(name, tuple(stacked), tuple(inside[:-1])), x)
 
     return jax.tree_util.tree_map_with_path(visit, model, is_leaf=is_leaf)
+
+
+def is_shaped(x: Any) -> bool:
+    """Whether a leaf is an array, or the shape of one."""
+    return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
 def _child(node: Any, entry: Any) -> Any:

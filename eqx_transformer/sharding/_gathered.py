@@ -9,10 +9,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from ..models._places import Place, map_with_place
+from ..models._places import Place, is_shaped, map_with_place
 from ..nn import AbstractLinear
 from ._place import auto, mesh_here, shardings
-from ._rules import Rules, axis_names, check_axes, in_layer, is_shaped
+from ._rules import Rules, axis_names, check_axes, in_layer
 
 Model = TypeVar("Model")
 

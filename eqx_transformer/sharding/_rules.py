@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from ..models._places import Place, map_with_place
+from ..models._places import Place, is_shaped, map_with_place
 
 
 class Rule(NamedTuple):
@@ -198,11 +198,6 @@ def in_layer(
 def mesh_size(mesh: Mesh | AbstractMesh, name: str | None) -> int:
     """How many devices along an axis; one if there is none."""
     return 1 if name is None else dict(mesh.shape).get(name, 1)
-
-
-def is_shaped(x: Any) -> bool:
-    """Whether it is an array, or what stands for one."""
-    return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
 def axis_names(entry: Any) -> tuple[str, ...]:

@@ -6,7 +6,9 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from ._rules import Rules, axis_names, is_shaped, mesh_size, specs
+from .._text_table import text_table
+from ..models._places import is_shaped
+from ._rules import Rules, axis_names, mesh_size, specs
 
 
 def sharding_table(model: PyTree, mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> str:
@@ -32,7 +34,7 @@ def sharding_table(model: PyTree, mesh: Mesh | AbstractMesh, rules: Rules | None
         rows.append((name, str(list(x.shape)), _text(spec, x.ndim), f"{local:,}"))
     axes = ", ".join(f"{name}={size}" for name, size in dict(mesh.shape).items())
     rows.append(("all", f"{whole:,} bytes", axes, f"{held:,}"))
-    return _aligned(rows)
+    return text_table(rows, num_left=3)
 
 
 def _text(spec: P, ndim: int) -> str:
@@ -41,13 +43,3 @@ def _text(spec: P, ndim: int) -> str:
     entries = ["+".join(axis_names(entry)) or "-" for entry in spec]
     entries += ["-"] * (ndim - len(entries))
     return f"[{', '.join(entries)}]"
-
-
-def _aligned(rows: list[tuple[str, str, str, str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}"
-        for a, b, c, d in rows
-    ]
-    rule = "-" * len(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._precision import accumulation_dtype
 from ..attention import dot_product_attention
+from ..models._places import is_shaped
 from ..nn import AbstractLinear, MixtureOfExperts
 
 
@@ -41,7 +42,7 @@ def model_flops(function: Callable[..., Any], *args: Any) -> int:
         for a kernel that cannot be looked into.
     """
     function, args = _countable((function, args))
-    arrays, static = eqx.partition((function, args), _is_shaped)
+    arrays, static = eqx.partition((function, args), is_shaped)
 
     def run(arrays: PyTree) -> PyTree:
         function, args = eqx.combine(arrays, static)
@@ -112,10 +113,6 @@ def _programs(value: Any) -> list[Any]:
     """The jaxprs in a parameter of an equation."""
     values = value if isinstance(value, tuple | list) else (value,)
     return [p for p in (getattr(x, "jaxpr", x) for x in values) if hasattr(p, "eqns")]
-
-
-def _is_shaped(x: Any) -> bool:
-    return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
 def _countable(tree: PyTree) -> PyTree:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ..models._places import Place, map_with_place
+from ..models._places import Place, is_shaped, map_with_place
 from ..nn import Convolution, Embedding
 
 Model = TypeVar("Model")
@@ -121,8 +121,7 @@ def _sizes(model: PyTree) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
 
     def visit(place: Place, x: Any) -> None:
-        is_shaped = eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
-        if is_shaped and jnp.issubdtype(x.dtype, jnp.inexact):
+        if is_shaped(x) and jnp.issubdtype(x.dtype, jnp.inexact):
             shape = x.shape[len(place.stacked) :]
             if isinstance(place.inside[-1], Convolution) and len(shape) == 3:
                 shape = shape[1::-1]

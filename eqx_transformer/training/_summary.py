@@ -3,12 +3,11 @@
 import math
 from typing import Any, NamedTuple
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ..models._places import Place, map_with_place
+from .._text_table import text_table
+from ..models._places import Place, is_shaped, map_with_place
 from ..nn import Embedding, MixtureOfExperts
 from ._flops import model_flops
 
@@ -64,7 +63,7 @@ def summary(model: PyTree, *args: Any) -> str:
     parts = [f"{counts.embedding:,} in embeddings", f"{counts.non_embedding:,} elsewhere"]
     if counts.active != counts.total:
         parts.append(f"{counts.active:,} active for a token")
-    lines = [_aligned(cells), "; ".join(parts)]
+    lines = [text_table(cells, num_left=4), "; ".join(parts)]
     if args:
         lines.append(f"{model_flops(model, *args):,} floating-point operations in this call")
     return "\n".join(lines)
@@ -84,7 +83,7 @@ def _rows(model: PyTree) -> list[_Row]:
     rows: list[_Row] = []
 
     def visit(place: Place, x: Any) -> None:
-        if not (eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)):
+        if not is_shaped(x):
             return
         dtype, size = jnp.dtype(x.dtype), math.prod(x.shape)
         learned = jnp.issubdtype(dtype, jnp.inexact) or dtype == jnp.int8
@@ -100,14 +99,3 @@ def _rows(model: PyTree) -> list[_Row]:
 
     map_with_place(visit, model)
     return rows
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        text = [f"{cell:<{width}}" for cell, width in zip(row[:4], widths[:4], strict=True)]
-        text += [f"{cell:>{width}}" for cell, width in zip(row[4:], widths[4:], strict=True)]
-        lines.append("  ".join(text))
-    rule = "-" * len(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
