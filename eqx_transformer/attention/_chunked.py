@@ -226,8 +226,7 @@ def forward(inputs: Inputs) -> Output:
 
 def _may_be_empty(inputs: Inputs) -> bool:
     """Whether a query may attend to nothing."""
-    everyone = inputs.mask is None and inputs.score_mod is None and inputs.sinks is None
-    return not everyone or inputs.kv_seq == 0
+    return inputs.mask is not None or inputs.score_mod is not None or inputs.kv_seq == 0
 
 
 def _finite(inputs: Inputs, peak: Array) -> Array:
