@@ -60,6 +60,13 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def settings_of_a_user() -> Iterator[None]:
+    """JAX's own settings: optimisers and solvers rely on implicit promotion of dtypes."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need a GPU are skipped without one, and say so."""
     if any(device.platform == "gpu" for device in jax.devices()):

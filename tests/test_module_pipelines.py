@@ -40,16 +40,10 @@ SIZES = {"d_model": D_MODEL, "num_heads": 2}
 MODEL = {**SIZES, "num_layers": 2, "d_ff": 8}
 
 pytestmark = [
-    pytest.mark.usefixtures("x64"),
     # Solvers are not written for strict promotion; what they call of ours still is, elsewhere.
+    pytest.mark.usefixtures("x64", "settings_of_a_user"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:diffrax"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def lax_promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 # Kinds: each takes the name of an implementation of attention, and returns a Module and a function

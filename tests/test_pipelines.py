@@ -24,16 +24,10 @@ SEQ, HEADS, KV_HEADS, HEAD_DIM = 7, 2, 1, 4
 D_MODEL = HEADS * HEAD_DIM
 
 pytestmark = [
-    pytest.mark.usefixtures("x64"),
     # Solvers are not written for strict promotion; what they call of ours still is, elsewhere.
+    pytest.mark.usefixtures("x64", "settings_of_a_user"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:diffrax"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def lax_promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture(autouse=True)
