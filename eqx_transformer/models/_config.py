@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import difflib
+import functools
 import json
 import types
 from collections.abc import Iterable, Mapping
@@ -116,7 +117,7 @@ def _build(cls: Any, fields: Mapping[str, Any]) -> Any:
 
 def _converted(value: Any, kind: Any) -> Any:
     """`value`, or what JSON made of it, as an instance of `kind` if there is a way."""
-    options = _alternatives(kind)
+    options = [option for option, _ in _alternatives(kind)]
     if type(value) is int and float in options and int not in options:
         return float(value)
     if isinstance(value, Mapping):
@@ -129,22 +130,26 @@ def _converted(value: Any, kind: Any) -> Any:
         if classes:
             return _build(classes[name], {k: x for k, x in value.items() if k != "kind"})
     if isinstance(value, list | tuple):
-        for option in options:
-            if get_origin(option) is tuple:
+        for option, origin in _alternatives(kind):
+            if origin is tuple:
                 return tuple(_converted(x, get_args(option)[0]) for x in value)
     return value
 
 
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+# Kept, because the presets alone ask some thousand times when they are imported.
+@functools.cache
+def _alternatives(kind: Any) -> tuple[tuple[Any, Any], ...]:
+    """What is allowed, and of which generic type it is."""
+    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    return tuple((option, get_origin(option)) for option in options)
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    for option in _alternatives(kind):
-        if get_origin(option) is Literal:
+    for option, origin in _alternatives(kind):
+        if origin is Literal:
             if any(type(value) is type(x) and value == x for x in get_args(option)):
                 return True
-        elif get_origin(option) is tuple:
+        elif origin is tuple:
             kinds = get_args(option)
             if isinstance(value, tuple) and (kinds[-1] is ... or len(value) == len(kinds)):
                 if all(_fits(x, kinds[0]) for x in value):
@@ -156,10 +161,10 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def _describe(kind: Any) -> str:
     words: list[str] = []
-    for option in _alternatives(kind):
-        if get_origin(option) is Literal:
+    for option, origin in _alternatives(kind):
+        if origin is Literal:
             words += [repr(value) for value in get_args(option)]
-        elif get_origin(option) is tuple:
+        elif origin is tuple:
             kinds = get_args(option)
             count = "" if kinds[-1] is ... else f"{len(kinds)} "
             words.append(f"a tuple of {count}{_describe(kinds[0])}")
