@@ -45,3 +45,28 @@ def foreign_load(seconds: float = 1.0) -> float:
     start, before = time.perf_counter(), busy()
     time.sleep(seconds)
     return (busy() - before) / (time.perf_counter() - start) / (os.cpu_count() or 1)
+
+
+def matmul_limit() -> float:
+    """Floating-point operations a second of a product of two large float32 matrices."""
+    size = 2048
+    x = jax.random.normal(jax.random.key(0), (size, size))
+    seconds = interleaved({"product": lambda: _product(x)}, 9)["product"]
+    return 2 * size**3 / min(seconds)
+
+
+def bandwidth_limit() -> float:
+    """Bytes a second that are read when a large array is summed."""
+    x = jax.numpy.ones(2**27)
+    seconds = interleaved({"sum": lambda: _total(x)}, 9)["sum"]
+    return x.nbytes / min(seconds)
+
+
+@jax.jit
+def _product(x: jax.Array) -> jax.Array:
+    return x @ x
+
+
+@jax.jit
+def _total(x: jax.Array) -> jax.Array:
+    return x.sum()

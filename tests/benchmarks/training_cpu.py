@@ -1,7 +1,7 @@
 """A language model's step of training on CPU: time and memory next to other libraries.
 
     python tests/benchmarks/training_cpu.py [--batch 4] [--seq 256] [--layers 8] [--rounds 7]
-                                            [--json FILE]
+                                            [--mixed] [--json FILE]
 
 A llama-like model (d_model 512, 8 heads, 4 of keys, d_ff 1408, vocabulary 8192), float32: forward,
 and a step (cross-entropy and AdamW). PyTorch's and ours have the same weights and are compared in
@@ -9,7 +9,8 @@ what they compute; attnax's and penzai's have as many of their own. "by hand" is
 that one writes first: a scan over layers, `vmap` of `weight @ x`, `jax.nn.dot_product_attention`, a
 vmapped batch. Temporaries are what the compiled step needs besides its arguments and results.
 
-Libraries that are not installed are left out.
+With `--mixed`, parameters stay float32 and products are bfloat16: ours next to PyTorch's autocast,
+and next to ours in float32. Libraries that are not installed are left out.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness import foreign_load, interleaved, ratios
+from harness import foreign_load, interleaved, matmul_limit, ratios
 
 from eqx_transformer.interop import save_pretrained
 from eqx_transformer.models import Llama, LlamaConfig
 from eqx_transformer.stacks import unstacked
+from eqx_transformer.training import model_flops
 
 VOCAB, D_MODEL, HEADS, KV_HEADS, D_FF = 8192, 512, 8, 4, 1408
 RATE = 1e-4
@@ -144,7 +147,7 @@ class JaxRun:
 class TorchRun:
     """The same in PyTorch, with its fastest attention and optimiser."""
 
-    def __init__(self, model: Llama, tokens: Any):
+    def __init__(self, model: Llama, tokens: Any, mixed: bool = False):
         import torch
         import transformers
 
@@ -155,6 +158,7 @@ class TorchRun:
                 folder, attn_implementation="sdpa", dtype=torch.float32
             )
         self.torch = torch
+        self.precision = partial(torch.autocast, "cpu", torch.bfloat16, enabled=mixed)
         self.tokens = torch.from_numpy(np.asarray(tokens, np.int64))
         self.size = sum(x.numel() for x in self.model.parameters())
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=RATE, fused=True)
@@ -162,17 +166,18 @@ class TorchRun:
     def step(self) -> float:
         """The loss, and the model is another."""
         self.optimiser.zero_grad()
-        logits = self.model(self.tokens[:, :-1], use_cache=False).logits
-        targets = self.tokens[:, 1:].reshape(-1)
-        loss = self.torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB), targets)
+        with self.precision():
+            logits = self.model(self.tokens[:, :-1], use_cache=False).logits
+            targets = self.tokens[:, 1:].reshape(-1)
+            loss = self.torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB), targets)
         loss.backward()
         self.optimiser.step()
         return loss.item()
 
     def forward(self) -> np.ndarray:
         """The logits."""
-        with self.torch.inference_mode():
-            return self.model(self.tokens[:, :-1], use_cache=False).logits.numpy()
+        with self.torch.inference_mode(), self.precision():
+            return self.model(self.tokens[:, :-1], use_cache=False).logits.float().numpy()
 
     def temporaries(self) -> None:
         """Not known."""
@@ -279,6 +284,28 @@ def make_runs(layers: int, tokens: Any) -> dict[str, Any]:
     return runs
 
 
+def make_mixed_runs(layers: int, tokens: Any) -> dict[str, Any]:
+    """What is compared in bfloat16."""
+    config = make_config(layers, max(tokens.shape[1], 512))
+    model = Llama(config, key=jax.random.key(0))
+    configs = {
+        "ours": config.replace(dtype="bfloat16", param_dtype="float32"),
+        "ours, remat='dots'": config.replace(dtype="bfloat16", param_dtype="float32", remat="dots"),
+        "ours in float32, remat='dots'": config.replace(remat="dots"),
+    }
+
+    def wide(model: Any, tokens: Any) -> Any:
+        return call(model, tokens).astype(jnp.float32)
+
+    runs: dict[str, Any] = {
+        name: JaxRun(wide, Llama(config, key=jax.random.key(0)), tokens).compiled()
+        for name, config in configs.items()
+    }
+    if installed("torch", "transformers"):
+        runs["torch, autocast"] = TorchRun(model, tokens, mixed=True)
+    return runs
+
+
 def main() -> None:
     """Prints the comparison as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -286,17 +313,19 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--mixed", action="store_true", help="products in bfloat16")
     parser.add_argument("--json", type=Path, help="where to write the result")
     args = parser.parse_args()
     shape = (args.batch, args.seq + 1)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, VOCAB, jnp.int32)
-    runs = make_runs(args.layers, tokens)
+    runs = (make_mixed_runs if args.mixed else make_runs)(args.layers, tokens)
     ours = runs["ours"]
     for name, run in runs.items():
         # attnax counts a table of positions that it does not use.
         assert abs(run.size / ours.size - 1) < 0.03, (name, run.size, ours.size)
-    for name in {"torch", "ours, unstacked"} & set(runs):
-        np.testing.assert_allclose(ours.forward(), runs[name].forward(), rtol=1e-3, atol=1e-4)
+    tolerance = 0.1 if args.mixed else 1e-4
+    for name in {"torch", "ours, unstacked", "torch, autocast"} & set(runs):
+        np.testing.assert_allclose(ours.forward(), runs[name].forward(), rtol=1e-3, atol=tolerance)
     result: dict[str, Any] = {"jax": jax.__version__, "arguments": {**vars(args), "json": None}}
     result["load by others before"] = round(foreign_load(), 2)
     for name in ("forward", "step"):
@@ -305,6 +334,12 @@ def main() -> None:
             "seconds": {key: round(statistics.median(x), 4) for key, x in seconds.items()},
             "time of the others over ours": ratios(seconds, "ours"),
         }
+    operations = 3 * args.batch * model_flops(ours.model, tokens[0, :-1])
+    result["limit"] = {
+        "operations a second in a large product": f"{(peak := matmul_limit()):.3g}",
+        "operations of matrix products in a step": f"{operations:.4g}",
+        "so seconds at least": round(operations / peak, 3),
+    }
     result["MiB of temporaries in a step"] = {key: run.temporaries() for key, run in runs.items()}
     text = json.dumps(result, indent=2)
     print(text)
