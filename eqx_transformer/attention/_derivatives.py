@@ -13,11 +13,13 @@ Newton's method, Levenberg-Marquardt, and gradients of fixed points.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from ._inputs import Inputs
@@ -100,11 +102,15 @@ def _attend(inputs: Inputs, *, passes: Passes) -> tuple[Array, Any]:
 @_attend.def_jvp
 def _attend_jvp(primals: Any, tangents: Any, *, passes: Passes) -> Any:
     if passes.save is None:
-        output = _attend(*primals, passes=passes)
-        saved: tuple[Any, ...] = output
+        output = saved = _named(_attend(*primals, passes=passes))
     else:
-        output, saved = _save(*primals, passes=passes)
+        output, saved = _named(_save(*primals, passes=passes))
     return output, _tangent(passes, primals, saved, tangents)
+
+
+def _named(saved: Any) -> Any:
+    """With the name by which a policy of `jax.checkpoint` may keep it for the backward pass."""
+    return jax.tree.map(partial(checkpoint_name, name="attention"), saved)
 
 
 @eqx.filter_custom_jvp

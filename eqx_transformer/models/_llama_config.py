@@ -211,8 +211,8 @@ class LlamaConfig(AbstractConfig):
     - `dtype`: what the model computes in, and caches; `None` for that of the parameters.
     - `logits_dtype`: what the logits are computed in; `None` for `dtype`.
     - `remat`: what reverse mode keeps of each block. `"none"`: all it needs. `"full"`: only the
-        input. `"dots"`: the input and the results of matrix products with weights, which takes
-        half of the memory at little or no cost in time.
+        input. `"dots"`: the input, and the results of attention and of products with weights, which
+        takes about half of the memory and, on a CPU, less time.
     - `unroll`: how many blocks make one iteration of the loop over depth; `num_layers` for no loop.
     - `attention_implementation`: see `dot_product_attention`; `None` chooses.
     """

@@ -118,7 +118,7 @@ class TransformerConfig(AbstractConfig):
     - `attention_implementation`: see `dot_product_attention`; `None` chooses.
     - `attention_block_size`: tile size of attention; `None` chooses.
     - `remat`: what reverse mode keeps of each block. `"none"`: all it needs. `"full"`: only the
-        input. `"dots"`: the input and the results of matrix products with weights.
+        input. `"dots"`: the input, and the results of attention and of products with weights.
     - `unroll`: how many blocks make one iteration of the loop over depth.
     """
 

@@ -59,7 +59,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 REMAT = {
     "none": None,
     "full": True,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Attention's products have a batch, and its result is small next to what they take.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("attention"),
+    ),
 }
 
 

@@ -286,6 +286,24 @@ def test_scan_over_checkpointed_layers(implementation, remat):
         )
 
 
+def test_a_policy_keeps_what_attention_returns_by_its_name():
+    args = _args()
+
+    def forward_passes(policy):
+        def loss(q):
+            attend = jax.checkpoint(
+                lambda q: _attend(CHUNKED_SMALL, args | {"q": q}), policy=policy
+            )
+            return sum((x**2).sum() for x in attend(jnp.sin(q)))
+
+        program = jax.make_jaxpr(jax.grad(loss))(args["q"]).jaxpr
+        maps = [x for x in equations(program) if x.primitive.name == "linear_map"]
+        return sum(x.params["num_residuals"] == len(x.invars) for x in maps)
+
+    assert forward_passes(jax.checkpoint_policies.nothing_saveable) == 2
+    assert forward_passes(jax.checkpoint_policies.save_only_these_names("attention")) == 1
+
+
 def test_gradients_outside_jit():
     """Eagerly, with the implementation that is chosen, and under `eqx.filter_grad` of a mod."""
     args = _args()
