@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from ._along_last import along_last
+from ._product import product
 
 
 class AbstractLinear(eqx.Module):
@@ -74,7 +75,7 @@ class Linear(AbstractLinear):
         - `ValueError` if the last axis of `x` is not `in_features` long.
         """
         check_linear("Linear", "weight", self.weight, x)
-        y = x @ self.weight.astype(x.dtype)
+        y = product(x, self.weight.astype(x.dtype))
         if self.bias is not None:
             y = y + along_last("Linear", self.bias, y)
         return y

@@ -1,0 +1,56 @@
+"""The product of rows and a weight, with a derivative that XLA computes well."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float
+
+from ..attention._linear_map import linear_map
+
+
+@jax.custom_jvp
+def product(
+    x: Float[Array, "*batch in_features"], weight: Float[Array, "in_features out_features"]
+) -> Float[Array, "*batch out_features"]:
+    """`x @ weight`, for any number of leading axes.
+
+    JAX differentiates it by the weight as `cotangent^T x`, transposed. If there are several leading
+    axes, as in a batch, XLA on CPU writes the cotangent down transposed, computing it a second time
+    on the way, and multiplies then; `x^T cotangent` it multiplies as it is, 1.4 to 4 times as fast.
+    Everything else is JAX's own.
+    """
+    return x @ weight
+
+
+def _product_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+    (x, weight), (dx, dweight) = primals, tangents
+    # As plain products, which a policy of `jax.checkpoint` recognises.
+    out = x @ weight
+    terms = []
+    if not isinstance(dx, SymbolicZero):
+        terms.append(dx @ weight)
+    if not isinstance(dweight, SymbolicZero):
+        terms.append(linear_map(_times, _gradient, x, dweight, batch=_rows))
+    return out, sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(out)
+
+
+product.defjvp(_product_jvp, symbolic_zeros=True)
+
+
+def _times(x: Array, weight: Array) -> Array:
+    return x @ weight
+
+
+def _gradient(x: Array, cotangent: Array) -> Array:
+    rows = tuple(range(x.ndim - 1))
+    return lax.dot_general(x, cotangent, ((rows, rows), ((), ())))
+
+
+def _rows(size: int, x: Array, weight: Array, batched: tuple[bool, bool]) -> Array | None:
+    """A batch of inputs of one weight is an axis more of rows."""
+    return (
+        linear_map(_times, _gradient, x, weight, batch=_rows) if batched == (True, False) else None
+    )
