@@ -17,9 +17,9 @@ def product(
 ) -> Float[Array, "*batch out_features"]:
     """`x @ weight`, for any number of leading axes.
 
-    JAX differentiates it by the weight as `cotangent^T x`, transposed. If there are several leading
-    axes, as in a batch, XLA on CPU writes the cotangent down transposed, computing it a second time
-    on the way, and multiplies then; `x^T cotangent` it multiplies as it is, 1.4 to 4 times as fast.
+    JAX differentiates it by the weight as `cotangent^T x`, transposed. With several leading axes, as in
+    a batch, XLA on CPU may write the first operand down transposed, and compute what led to it once
+    more on the way. Here the first is the narrower one, which takes down to a quarter of the time.
     Everything else is JAX's own.
     """
     return x @ weight
@@ -46,7 +46,10 @@ def _times(x: Array, weight: Array) -> Array:
 
 def _gradient(x: Array, cotangent: Array) -> Array:
     rows = tuple(range(x.ndim - 1))
-    return lax.dot_general(x, cotangent, ((rows, rows), ((), ())))
+    dimensions = ((rows, rows), ((), ()))
+    if x.shape[-1] <= cotangent.shape[-1]:
+        return lax.dot_general(x, cotangent, dimensions)
+    return lax.dot_general(cotangent, x, dimensions).T
 
 
 def _rows(size: int, x: Array, weight: Array, batched: tuple[bool, bool]) -> Array | None:
