@@ -39,7 +39,12 @@ NAMESPACES = [
 UNSTABLE = {
     "jax.extend": {"attention/_linear_map.py", "attention/_kernels/_launch.py"},
     "jax.interpreters": {"attention/_linear_map.py", "attention/_kernels/_launch.py"},
-    "jax.experimental": {"attention/_kernels/_tile.py", "attention/_kernels/_triton.py"},
+    "jax.experimental": {
+        "attention/_kernels/_decode.py",
+        "attention/_kernels/_tile.py",
+        "attention/_kernels/_tpu_tile.py",
+        "attention/_kernels/_triton.py",
+    },
     "jax._src": set(),
 }
 MAX_LINES = 600

@@ -37,7 +37,6 @@ from ._masks import Strided as Strided
 from ._masks import TokenGroups as TokenGroups
 from ._masks import lookback as lookback
 from ._paged import PagedKV as PagedKV
-from ._paged import PagedKVCache as PagedKVCache
 from ._paged import paged_attention as paged_attention
 from ._ring import Layout as Layout
 from ._ring import ring_attention as ring_attention

@@ -19,9 +19,9 @@ Implementation = Literal["reference", "chunked", "cudnn", "pallas"]
 - `"chunked"`: tile by tile, skipping what the mask excludes. Memory `O(seq)`.
 - `"cudnn"`: NVIDIA's fused kernels, on GPUs from Ampere on and for plain patterns only. Forward
     mode and second derivatives are those of `"chunked"`.
-- `"pallas"`: our own fused kernels for GPUs, for every mask and nearly every score mod; elsewhere
-    they are interpreted, which is slow and for tests. They have not been run on a GPU yet, so they
-    are used only where asked for.
+- `"pallas"`: our own fused kernels for GPUs and TPUs, for every mask and nearly every score mod;
+    elsewhere they are interpreted, which is slow and for tests. They have not been run on a GPU or
+    a TPU yet, so they are used only where asked for.
 """
 
 FEW_QUERIES: Final = 8
@@ -80,7 +80,9 @@ def dot_product_attention(
     - `implementation`: who computes it. `None` chooses; see `explain_attention`. A named one runs
         or raises.
     - `block_size`: how many queries and keys are a tile, where scores are computed in tiles of our
-        choosing. It changes speed and memory alone; chosen by length and mask if not given.
+        choosing. It changes speed and memory alone; chosen by length and mask if not given. Kernels
+        take the next power of two from 16 to 128 on GPUs, the next multiple of 128 up to 512 on
+        TPUs.
 
     Returns:
 
@@ -105,6 +107,13 @@ def dot_product_attention(
         dropout_key=dropout_key,
         block_size=block_size,
     )
+    return compute(inputs, implementation)
+
+
+def compute(
+    inputs: Inputs, implementation: Implementation | None
+) -> Float[Array, "q_seq heads v_dim"]:
+    """The output of attention whose arguments have been checked."""
     out, _ = _IMPLEMENTATIONS[_choose(inputs, implementation).chosen](inputs)
     return out
 

@@ -128,6 +128,8 @@ def _save_jvp(primals: Any, tangents: Any, *, passes: Passes) -> Any:
 
 def _tangent(passes: Passes, primals: Any, saved: Any, tangents: Any) -> tuple[Array, Any]:
     (inputs,), (dinputs,) = primals, tangents
+    # Nothing but a forward pass reads it, and a residual would be kept.
+    inputs = dataclasses.replace(inputs, source=None)
     asked = {}
     for name in _DIFFERENTIABLE:
         primal = eqx.filter(getattr(inputs, name), eqx.is_inexact_array)

@@ -4,6 +4,8 @@ Whether a weight is kept is a hash of (seed, head, query index, key index). Noth
 order in which tiles are visited, and a backward pass recomputes the pattern instead of storing it.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt32
@@ -26,8 +28,25 @@ def keep(
     kv_index: Int[Array, " kv"],
 ) -> Bool[Array, "heads q kv"]:
     """Which attention weights survive dropout at `rate`."""
-    head = _mix(seed[0] ^ _mix(jnp.arange(heads, dtype=jnp.uint32) + seed[1]))
-    row = _mix(head[:, None] + q_index.astype(jnp.uint32)[None, :] * np.uint32(0x9E3779B1))
-    column = _mix(kv_index.astype(jnp.uint32) * np.uint32(0x7FEB352D) + seed[1])
-    bits = _mix(row[:, :, None] ^ column[None, None, :])
-    return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+    row = row_hash(seed, jnp.arange(heads, dtype=jnp.int32)[:, None], q_index[None, :])
+    return survives(row[:, :, None], column_hash(seed, kv_index)[None, None, :], rate)
+
+
+def row_hash(
+    seed: Any, head: Int[Array, "..."], q_index: Int[Array, "..."]
+) -> UInt32[Array, "..."]:
+    """What a query of a head contributes. The seed may be a kernel's reference to it."""
+    head = _mix(seed[0] ^ _mix(head.astype(jnp.uint32) + seed[1]))
+    return _mix(head + q_index.astype(jnp.uint32) * np.uint32(0x9E3779B1))
+
+
+def column_hash(seed: Any, kv_index: Int[Array, "..."]) -> UInt32[Array, "..."]:
+    """What a key contributes."""
+    return _mix(kv_index.astype(jnp.uint32) * np.uint32(0x7FEB352D) + seed[1])
+
+
+def survives(
+    row: UInt32[Array, "..."], column: UInt32[Array, "..."], rate: float
+) -> Bool[Array, "..."]:
+    """Which pairs of a query and a key survive dropout at `rate`."""
+    return _mix(row ^ column) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))

@@ -1,5 +1,6 @@
 """What one attention call depends on, gathered in a PyTree that every implementation takes."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Final, Literal
@@ -14,6 +15,16 @@ from ._dropout import keep
 from ._hoist import hoist
 from ._masks import AbstractMask, Dense, Padding, Segments
 from ._varying import vary_alike
+
+
+class Source(eqx.Module):
+    """Queries, keys and values before anything was copied, for a kernel that is careful itself."""
+
+    q: Float[Array, "q_seq heads head_dim"]
+    k: Float[Array, "*positions kv_heads head_dim"]
+    v: Float[Array, "*positions kv_heads v_dim"]
+    page_table: Int[Array, " max_pages"] | None = None
+    """If given, keys and values are pages, and those of the sequence are these."""
 
 
 class Inputs(eqx.Module):
@@ -31,6 +42,8 @@ class Inputs(eqx.Module):
     dropout_rate: float = eqx.field(static=True)
     scale: float = eqx.field(static=True)
     block_size: int | None = eqx.field(static=True, default=None)
+    source: Source | None = None
+    """What `q`, `k` and `v` are copies of, if they are; derivatives are those of the copies."""
 
     @property
     def q_seq(self) -> int:
@@ -182,7 +195,8 @@ def sanitize(inputs: Inputs) -> Inputs:
         jnp.where(kv_used, inputs.k, 0),
         jnp.where(kv_used, inputs.v, 0),
     )
-    return eqx.tree_at(lambda x: (x.q, x.k, x.v), inputs, kept)
+    source = Source(inputs.q, inputs.k, inputs.v)
+    return dataclasses.replace(inputs, **dict(zip("qkv", kept, strict=True)), source=source)
 
 
 def _used(inputs: Inputs) -> tuple[Bool[Array, " q_seq"], Bool[Array, " kv_seq"]]:

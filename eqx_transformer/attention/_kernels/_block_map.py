@@ -36,8 +36,19 @@ class Loops(NamedTuple):
     """Whether some tile may need the mask."""
 
 
-def loops(visits: Visits) -> Loops:
+class Span(NamedTuple):
+    """For a single row of tiles, those from the first that is not empty to the last."""
+
+    bounds: Int[Array | np.ndarray, "2"]
+    """The first of them, and the one behind the last."""
+    any_masked: bool
+    """Whether some tile may need the mask."""
+
+
+def loops(visits: Visits | Span) -> Loops:
     """The loops that a program needs for its line of tiles."""
+    if isinstance(visits, Span):
+        return Loops(True, not visits.any_masked, visits.any_masked)
     full, live = visits.full, visits.live
     if isinstance(full, np.ndarray) and isinstance(live, np.ndarray):
         return Loops(visits.order is None, bool((full > 0).any()), bool((full < live).any()))
@@ -50,6 +61,27 @@ def visits(inputs: Inputs, block_q: int, block_kv: int, *, transposed: bool = Fa
     What follows from static facts alone consists of constants. Everything else is computed by the
     program, and is one more operand with a batch axis where the mask or the positions have one.
     """
+    kinds = _kinds(inputs, block_q, block_kv)
+    kinds = kinds.T if transposed else kinds
+    return _sorted(kinds, np if isinstance(kinds, np.ndarray) else jnp)
+
+
+def span(inputs: Inputs, block_kv: int) -> Span:
+    """The tiles that are not empty, where all queries are one tile.
+
+    Few queries are cheap to mask and their keys costly to read, so that a list of tiles would be
+    worth less than the time it takes to sort it.
+    """
+    kinds = _kinds(inputs, inputs.q_seq, block_kv)[0]
+    xp: Any = np if isinstance(kinds, np.ndarray) else jnp
+    live = kinds != EMPTY
+    first, behind = xp.argmax(live), len(kinds) - xp.argmax(live[::-1])
+    bounds = xp.stack([first, xp.where(live.any(), behind, first)]).astype(xp.int32)
+    return Span(bounds, xp is jnp or bool((kinds != FULL).any()))
+
+
+def _kinds(inputs: Inputs, block_q: int, block_kv: int) -> Any:
+    """Whether tiles are empty, full or neither: NumPy's where it is known ahead of time."""
     rows, columns = -(-inputs.q_seq // block_q), -(-inputs.kv_seq // block_kv)
     at_default = inputs.q_positions is None and inputs.kv_positions is None
     kinds: Any
@@ -58,16 +90,13 @@ def visits(inputs: Inputs, block_q: int, block_kv: int, *, transposed: bool = Fa
     elif at_default and not any(map(_is_data, jax.tree.leaves(inputs.mask))):
         kinds = _static_kinds(inputs.mask, inputs.q_seq, inputs.kv_seq, block_q, block_kv)
     else:
-        kinds = _classified(inputs.mask, inputs.q_pos(), inputs.kv_pos(), block_q, block_kv)
+        q = _ranges(inputs.q_positions, inputs.q_seq, block_q)
+        kinds = _classified(inputs.mask, q, _ranges(inputs.kv_positions, inputs.kv_seq, block_kv))
     # What sticks out of the sequence is masked like what a mask excludes.
     edge = np.full((rows, columns), FULL)
     if inputs.kv_seq % block_kv:
         edge[:, -1] = PARTIAL
-    if transposed:
-        kinds, edge = kinds.T, edge.T
-    if isinstance(kinds, np.ndarray):
-        return _sorted(np.minimum(kinds, edge), np)
-    return _sorted(jnp.minimum(kinds, edge), jnp)
+    return (np if isinstance(kinds, np.ndarray) else jnp).minimum(kinds, edge)
 
 
 def _is_data(leaf: Any) -> bool:
@@ -77,20 +106,23 @@ def _is_data(leaf: Any) -> bool:
 @functools.lru_cache(maxsize=256)
 def _static_kinds(mask: AbstractMask, q_seq: int, kv_seq: int, block_q: int, block_kv: int) -> Any:
     # Every kernel of a call asks, each time it is traced.
+    q, kv = _ranges(None, q_seq, block_q), _ranges(None, kv_seq, block_kv)
     with jax.ensure_compile_time_eval():
-        q_pos, kv_pos = (jnp.arange(n, dtype=jnp.int32) for n in (q_seq, kv_seq))
-        return np.array(_classified(mask, q_pos, kv_pos, block_q, block_kv))
+        return np.array(_classified(mask, q, kv))
 
 
-def _classified(mask: AbstractMask, q_pos: Any, kv_pos: Any, block_q: int, block_kv: int) -> Any:
-    q_pos, kv_pos = position_tiles(q_pos, block_q), position_tiles(kv_pos, block_kv)
-    block = mask.block(
-        q_pos.min(axis=1)[:, None],
-        q_pos.max(axis=1)[:, None],
-        kv_pos.min(axis=1)[None, :],
-        kv_pos.max(axis=1)[None, :],
-    )
-    return jnp.broadcast_to(block, (q_pos.shape[0], kv_pos.shape[0]))
+def _ranges(positions: Any, seq: int, block: int) -> tuple[Any, Any]:
+    """The least and the greatest position of every tile."""
+    if positions is None:
+        first = np.arange(0, seq, block, dtype=np.int32)
+        return first, np.minimum(first + np.int32(block), np.int32(seq)) - np.int32(1)
+    tiles = position_tiles(positions, block)
+    return tiles.min(axis=1), tiles.max(axis=1)
+
+
+def _classified(mask: AbstractMask, q: tuple[Any, Any], kv: tuple[Any, Any]) -> Any:
+    bounds = [jnp.asarray(x)[:, None] for x in q] + [jnp.asarray(x)[None, :] for x in kv]
+    return jnp.broadcast_to(mask.block(*bounds), (len(q[0]), len(kv[0])))
 
 
 def _sorted(kinds: Any, xp: Any) -> Visits:

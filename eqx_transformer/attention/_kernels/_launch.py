@@ -1,7 +1,7 @@
-"""A kernel call as a JAX primitive: compiled where there is hardware for it, else interpreted.
+"""What is decided when a program is lowered: whose kernels run, and whether they are interpreted.
 
-Which of the two is decided when a program is lowered, so that a program traced on one platform
-runs on another, and only the one that is needed is traced.
+So a program traced on one platform runs on another, and only what is needed is traced. A kernel is
+compiled where there is hardware for it, else interpreted.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from .._varying import vary_alike
+from ._unrolled import NoKernelError
 
 
 def typed_alike(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
@@ -34,8 +36,32 @@ def launch(
 
     It can be batched, but not differentiated.
     """
+
+    def on(*operands: Any, platform: str) -> Sequence[Any]:
+        return run(*operands, interpret=platform == "other")
+
+    return _bind(on, operands, outputs)
+
+
+def by_platform(run: Callable[..., Any], args: Any, outputs: Any) -> Any:
+    """Computes `run(*args, platform=...)`, a PyTree of arrays with the types `outputs`.
+
+    The platform is "cuda", "tpu" or "other". It can be batched, but not differentiated.
+    """
+    arrays, rest = eqx.partition(args, eqx.is_array)
+    leaves, treedef = jax.tree.flatten(arrays)
+    types, out_treedef = jax.tree.flatten(outputs)
+
+    def on(*leaves: Any, platform: str) -> Sequence[Any]:
+        args = eqx.combine(jax.tree.unflatten(treedef, leaves), rest)
+        return jax.tree.leaves(run(*args, platform=platform))
+
+    return jax.tree.unflatten(out_treedef, _bind(on, leaves, types))
+
+
+def _bind(on: Callable[..., Sequence[Any]], operands: Sequence[Any], outputs: Any) -> list[Any]:
     types = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in outputs)
-    return _kernel_p.bind(*vary_alike(list(operands)), run=run, types=types)
+    return _kernel_p.bind(*vary_alike(list(operands)), run=on, types=types)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,8 +72,8 @@ class _Batched:
     axes: tuple[int | None, ...]
     axis_size: int
 
-    def __call__(self, *operands: Any, interpret: bool) -> Sequence[Any]:
-        inner = partial(self.inner, interpret=interpret)
+    def __call__(self, *operands: Any, platform: str) -> Sequence[Any]:
+        inner = partial(self.inner, platform=platform)
         return jax.vmap(inner, in_axes=self.axes, axis_size=self.axis_size)(*operands)
 
 
@@ -55,9 +81,9 @@ _kernel_p = Primitive("attention_kernel")
 _kernel_p.multiple_results = True
 
 
-def _run(*operands: Any, run: Any, types: Any, interpret: bool) -> Sequence[Any]:
+def _run(*operands: Any, run: Any, types: Any, platform: str) -> Sequence[Any]:
     del types
-    return run(*operands, interpret=interpret)
+    return run(*operands, platform=platform)
 
 
 @_kernel_p.def_impl
@@ -71,20 +97,29 @@ def _abstract_eval(*operands: Any, run: Any, types: Any) -> Any:
     return [typed_alike(shape, dtype, operands[0]) for shape, dtype in types]
 
 
-def _lower(ctx: Any, *operands: Any, interpret: bool, **params: Any) -> Any:
+def _lower(ctx: Any, *operands: Any, platform: str, **params: Any) -> Any:
     # Over which mesh axes values vary has been settled; the interpreter does not know of it.
     plain = [
         [jax.core.ShapedArray(x.shape, x.dtype) for x in y] for y in (ctx.avals_in, ctx.avals_out)
     ]
-    rule = mlir.lower_fun(partial(_run, interpret=interpret), multiple_results=True)
+    rule = mlir.lower_fun(partial(_run, platform=platform), multiple_results=True)
     with warnings.catch_warnings():
         # It is to be removed from some later JAX, in favour of one for the newest GPUs only.
         warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
-        return rule(ctx.replace(avals_in=plain[0], avals_out=plain[1]), *operands, **params)
+        try:
+            return rule(ctx.replace(avals_in=plain[0], avals_out=plain[1]), *operands, **params)
+        except NotImplementedError as error:
+            if isinstance(error, NoKernelError):
+                raise
+            # Operations of score mods and masks that are known on one platform and not on another.
+            reason = str(error).partition(". Please file an issue")[0]
+            message = f"has no kernel for this on platform {platform!r} ({reason})"
+            raise NoKernelError(message) from error
 
 
-mlir.register_lowering(_kernel_p, partial(_lower, interpret=True))
-mlir.register_lowering(_kernel_p, partial(_lower, interpret=False), platform="cuda")
+mlir.register_lowering(_kernel_p, partial(_lower, platform="other"))
+for _platform in ("cuda", "tpu"):
+    mlir.register_lowering(_kernel_p, partial(_lower, platform=_platform), platform=_platform)
 
 
 def _batch(operands: Any, axes: Any, *, run: Any, types: Any) -> Any:

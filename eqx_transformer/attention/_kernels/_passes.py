@@ -4,7 +4,8 @@ Pallas is imported when a kernel is used: it takes time, and later versions of J
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array
 from .._chunked import chunked
 from .._derivatives import Output, Passes, Tangents
 from .._inputs import Inputs
+from ._launch import by_platform
 from ._tuning import Tiles, Tuning
 from ._unrolled import NoKernelError
 
@@ -52,22 +54,54 @@ def _chunked_instead(inputs: Inputs) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Forward:
+class _Kernels:
+    """The kernels of a platform: that which a program is lowered for, if none is given."""
+
     tuning: Tuning
+    platform: Literal["cuda", "tpu"] | None = None
+
+    def __call__(self, run: Callable[..., Any], outputs: Any, *args: Any) -> Any:
+        """Computes `run(kernels, tuning, *args)`, with results like `outputs`."""
+
+        def on(*args: Any, platform: str) -> Any:
+            if (self.platform or platform) == "tpu":
+                from . import _tpu as kernels
+            else:
+                from . import _triton as kernels
+            return run(kernels, self.tuning, *args)
+
+        return by_platform(on, args, outputs)
+
+
+def _statistics(inputs: Inputs) -> Any:
+    return jax.ShapeDtypeStruct((inputs.q_seq, inputs.heads), jnp.float32)
+
+
+def _output(inputs: Inputs) -> Any:
+    return jax.ShapeDtypeStruct((*inputs.q.shape[:2], inputs.v.shape[-1]), inputs.q.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+    kernels: _Kernels
 
     def __call__(self, inputs: Inputs) -> Output:
         if _chunked_instead(inputs):
             return chunked.forward(inputs)
-        from . import _triton
 
-        out, lse = _triton.forward(inputs, self.tuning)
-        return out, lse.T
+        def run(kernels: Any, tuning: Tuning, inputs: Inputs) -> Output:
+            from . import _decode, _triton
+
+            if kernels is _triton and _decode.takes(inputs):
+                return _decode.decode(inputs, tuning)
+            out, lse = kernels.forward(inputs, tuning)
+            return out, lse.T
+
+        return self.kernels(run, (_output(inputs), _statistics(inputs)), inputs)
 
 
 @eqx.filter_custom_jvp
-def _tangent(residuals: Any, tangents: Tangents, *, tuning: Tuning) -> Output:
-    from . import _triton
-
+def _tangent(residuals: Any, tangents: Tangents, *, kernels: _Kernels) -> Output:
     inputs, out, lse = residuals
     dlse = jnp.zeros_like(lse)
     if inputs.sinks is not None and "sinks" in tangents:
@@ -76,37 +110,47 @@ def _tangent(residuals: Any, tangents: Tangents, *, tuning: Tuning) -> Output:
     # Equinox spells "not perturbed" as a `None` for every leaf.
     unmoved = jax.tree.map(lambda _: None, inputs.score_mod)
     moved = dict(tangents) | {"score_mod": tangents.get("score_mod", unmoved)}
-    dout, dlse = _triton.tangent(inputs, tuning, out, _finite(lse).T, dlse.T, moved)
-    return dout, dlse.T
+
+    def run(kernels: Any, tuning: Tuning, inputs: Inputs, *rest: Any) -> Output:
+        dout, dlse = kernels.tangent(inputs, tuning, *rest)
+        return dout, dlse.T
+
+    args = (inputs, out, _finite(lse).T, dlse.T, moved)
+    return kernels(run, (_output(inputs), _statistics(inputs)), *args)
 
 
 @_tangent.def_jvp
-def _tangent_jvp(primals: Any, moved: Any, *, tuning: Tuning) -> tuple[Output, Output]:
-    return _tangent(*primals, tuning=tuning), eqx.filter_jvp(chunked.tangent, primals, moved)[1]
+def _tangent_jvp(primals: Any, moved: Any, *, kernels: _Kernels) -> tuple[Output, Output]:
+    return _tangent(*primals, kernels=kernels), eqx.filter_jvp(chunked.tangent, primals, moved)[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tangent:
-    tuning: Tuning
+    kernels: _Kernels
 
     def __call__(self, residuals: tuple[Inputs, Array, Array], tangents: Tangents) -> Output:
         if _chunked_instead(residuals[0]):
             return chunked.tangent(residuals, tangents)
-        return _tangent(residuals, tangents, tuning=self.tuning)
+        return _tangent(residuals, tangents, kernels=self.kernels)
 
 
 @eqx.filter_custom_jvp
 def _transpose(
-    residuals: Any, cotangents: Output, *, wanted: frozenset[str], tuning: Tuning
+    residuals: Any, cotangents: Output, *, wanted: frozenset[str], kernels: _Kernels
 ) -> Tangents:
-    from . import _triton
-
     inputs, out, lse = residuals
     dout, dlse = cotangents
     delta = (dout.astype(inputs.dtype) * out.astype(inputs.dtype)).sum(axis=-1) - dlse
-    stats = (_finite(lse).T, delta.T, dout.astype(inputs.q.dtype))
-    dq = _triton.transpose_q(inputs, tuning, *stats)
-    dk, dv = _triton.transpose_kv(inputs, tuning, *stats)
+    args = (inputs, _finite(lse).T, delta.T, dout.astype(inputs.q.dtype))
+
+    def of_q(kernels: Any, tuning: Tuning, inputs: Inputs, *stats: Any) -> Any:
+        return kernels.transpose_q(inputs, tuning, *stats)
+
+    def of_kv(kernels: Any, tuning: Tuning, inputs: Inputs, *stats: Any) -> Any:
+        return kernels.transpose_kv(inputs, tuning, *stats)
+
+    dq = kernels(of_q, inputs.q, *args)
+    dk, dv = kernels(of_kv, (inputs.k, inputs.v), *args)
     result = {"q": dq, "k": dk, "v": dv}
     if inputs.sinks is not None and "sinks" in wanted:
         weights = jnp.exp(inputs.sinks.astype(inputs.dtype)[None, :] - _finite(lse))
@@ -120,18 +164,18 @@ def _transpose(
 
 @_transpose.def_jvp
 def _transpose_jvp(
-    primals: Any, moved: Any, *, wanted: frozenset[str], tuning: Tuning
+    primals: Any, moved: Any, *, wanted: frozenset[str], kernels: _Kernels
 ) -> tuple[Tangents, Tangents]:
     def plain(residuals: Any, cotangents: Output) -> Tangents:
         return chunked.transpose(residuals, cotangents, wanted)
 
-    out = _transpose(*primals, wanted=wanted, tuning=tuning)
+    out = _transpose(*primals, wanted=wanted, kernels=kernels)
     return out, eqx.filter_jvp(plain, primals, moved)[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Transpose:
-    tuning: Tuning
+    kernels: _Kernels
 
     def __call__(
         self,
@@ -141,7 +185,7 @@ class _Transpose:
     ) -> Tangents:
         if _chunked_instead(residuals[0]):
             return chunked.transpose(residuals, cotangents, wanted)
-        return _transpose(residuals, cotangents, wanted=wanted, tuning=self.tuning)
+        return _transpose(residuals, cotangents, wanted=wanted, kernels=self.kernels)
 
 
 def _finite(lse: Array) -> Array:
@@ -149,10 +193,12 @@ def _finite(lse: Array) -> Array:
     return jnp.where(jnp.isneginf(lse), jnp.inf, lse)
 
 
-def kernel_passes(tiles: Tiles | None = None) -> Passes:
-    """The passes, with tiles of a given size or with those that suit the inputs."""
-    tuning = Tuning(tiles)
-    return Passes(_Forward(tuning), _Tangent(tuning), _Transpose(tuning))
+def kernel_passes(
+    tiles: Tiles | None = None, platform: Literal["cuda", "tpu"] | None = None
+) -> Passes:
+    """The passes, with given tiles or those that suit the inputs, and by which kernels."""
+    kernels = _Kernels(Tuning(tiles), platform)
+    return Passes(_Forward(kernels), _Tangent(kernels), _Transpose(kernels))
 
 
 pallas = kernel_passes()

@@ -72,6 +72,48 @@ class Program:
         return Run(self, tuple(refs), frozenset(), {}).bind()
 
 
+def split(
+    program: Program, before: Callable[[Instruction], bool]
+) -> tuple[Program, dict[str, Instruction]]:
+    """The rest of a program after what is computed before, of which it takes results as arguments.
+
+    Returns it, and by name the instructions whose results these are. What it is given, or loads,
+    are numbers of 32 bits: see `wide`.
+    """
+    given: dict[str, Instruction] = {}
+    new: dict[Any, Any] = {}
+    for n, node in enumerate(program.instructions):
+        if before(node):
+            given[f"given{n}"] = node
+            argument = Instruction(_argument, (), frozenset((f"given{n}",)), wide(node.dtype))
+            new[node] = _narrowed(argument, node.dtype)
+        elif node.compute is _argument:
+            new[node] = node
+        else:
+            inputs = tuple(new.get(x, x) for x in node.inputs)
+            needs = frozenset().union(*(x.needs for x in inputs if isinstance(x, Instruction)))
+            dtype = node.dtype if node.table is None else wide(node.dtype)
+            moved = dataclasses.replace(node, inputs=inputs, needs=needs, dtype=dtype)
+            new[node] = _narrowed(moved, node.dtype)
+    rest = Program([new.get(x, x) for x in program.outputs])
+    used = frozenset().union(*(x.needs for x in rest.instructions))
+    return rest, {name: node for name, node in given.items() if name in used}
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype of 32 bits for numbers of fewer."""
+    if jnp.dtype(dtype).itemsize >= 4:
+        return jnp.dtype(dtype)
+    return jnp.dtype(jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else jnp.int32)
+
+
+def _narrowed(node: Instruction, dtype: Any) -> Instruction:
+    if node.dtype == dtype:
+        return node
+    compute = _is_nonzero if dtype == jnp.bool else lambda x: x.astype(dtype)
+    return Instruction(compute, (node,), node.needs, dtype)
+
+
 class Traced(NamedTuple):
     """A program, and what it reads."""
 
@@ -121,6 +163,10 @@ def _together(tiles: Sequence[Any]) -> list[Any]:
 
 def _load(ref: Any, index: Any) -> Any:
     return ref[index]
+
+
+def _is_nonzero(x: Any) -> Any:
+    return x != 0
 
 
 def trace(
@@ -180,7 +226,7 @@ class _Builder(Unrolled):
         needs = index.needs if isinstance(index, Instruction) else frozenset()
         table = self._table(array)
         node = Instruction(_load, (index,), needs, self.tables[table].dtype, table)
-        return self.apply(lambda x: x != 0, node) if array.dtype == bool else node
+        return self.apply(_is_nonzero, node) if array.dtype == bool else node
 
     def _table(self, array: Any) -> int:
         if id(array) not in self._table_of:

@@ -16,6 +16,13 @@ MAX_UNROLLED: Final = 256
 """How many elements a sum, or steps a loop, may have."""
 
 
+def select(which: Any, value: Any, otherwise: Any) -> Any:
+    """`value` where `which` holds. Of booleans by logic: Pallas for TPUs knows no other way."""
+    if value.dtype == bool:
+        return (which & value) | (~which & otherwise)
+    return lax.select(which, value, otherwise)
+
+
 def is_number(x: Any) -> bool:
     """Whether an index is known."""
     return isinstance(x, int | np.integer)
@@ -157,7 +164,7 @@ def _where(self: Any, conditions: list[Any], value: Any, otherwise: Any) -> Any:
         return otherwise
     for condition in conditions:
         if condition is not True:
-            value = self.apply(lax.select, condition, value, otherwise)
+            value = self.apply(select, condition, value, otherwise)
     return value
 
 

@@ -13,9 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from .._dropout import _mix
+from .._dropout import column_hash, row_hash, survives
 from .._inputs import Inputs
-from ._block_map import Loops, loops, visits
+from ._block_map import Loops, loops, span, visits
 from ._pointwise import Program, Run, Traced, trace
 from ._tuning import Kernel, Tiles, Tuning, padded
 
@@ -124,7 +124,12 @@ def prepare(
     mask = mask_program(inputs)
     looks_up_pairs = any(x is not None and x.program.looks_up_pairs for x in (mod, mask))
     tiles = tuning(kernel, inputs, looks_up_pairs)
-    lists = visits(inputs, tiles.block_q, tiles.block_kv, transposed=by_column)
+    if kernel == "decode":
+        lists = span(inputs, tiles.block_kv)
+        visited: dict[str, Any] = {"bounds": lists.bounds}
+    else:
+        lists = visits(inputs, tiles.block_q, tiles.block_kv, transposed=by_column)
+        visited = lists._asdict()
     frame = Frame(
         q_seq=inputs.q_seq,
         kv_seq=inputs.kv_seq,
@@ -140,7 +145,7 @@ def prepare(
         mod=None if mod is None else mod.program,
         mask=None if mask is None else mask.program,
     )
-    operands = lists._asdict() | {
+    operands = visited | {
         "q_pos": inputs.q_positions,
         "kv_pos": inputs.kv_positions,
         "seed": inputs.dropout_seed,
@@ -159,10 +164,20 @@ def load(
     below: Any = None,
     head: Any = None,
 ) -> Any:
-    """Loads `size` rows, zeros in place of those where `below` is false and of missing columns."""
-    rows = pl.ds(start, size)
-    index = (rows, slice(None)) if head is None else (rows, head, slice(None))
+    """Loads `size` rows, zeros in place of those where `below` is false and of missing columns.
+
+    They are those from `start` on; or `start` consists of the indices of each.
+    """
     kept = _kept(size, dim, below)
+    if isinstance(start, tuple):
+        # Pallas interprets a load at slices, or at indices, but not at both.
+        columns = jnp.arange(padded(dim), dtype=jnp.int32)[None, :]
+        shape = (size, padded(dim))
+        rows = (x[:, None] for x in start)
+        index = tuple(jnp.broadcast_to(x, shape) for x in (*rows, columns))
+    else:
+        rows = pl.ds(start, size)
+        index = (rows, slice(None)) if head is None else (rows, head, slice(None))
     return ref[index] if kept is None else plt.load(ref.at[index], mask=kept, other=0)
 
 
@@ -242,21 +257,31 @@ class Tile:
     masked: bool = True
     """Whether some pairs may be excluded, or stick out of the sequence."""
     head: Any = None
+    """One for the tile, or one for each of its rows."""
     q: Side | None = None
     kv: Side | None = None
 
     def at(
-        self, *, head: Any = None, row: Any = None, column: Any = None, masked: bool = True
+        self,
+        *,
+        head: Any = None,
+        row: Any = None,
+        queries: Side | None = None,
+        column: Any = None,
+        masked: bool = True,
     ) -> "Tile":
         """Says which tile it is. What follows for score mod and mask is computed here."""
         new: dict[str, Any] = {"masked": masked}
         mod, mask = {}, {}
         if head is not None:
-            new["head"] = mod["head"] = head
+            new["head"] = head
+            mod["head"] = head if jnp.ndim(head) == 0 else head[:, None]
         if row is not None:
             size = self.frame.block_q
-            new["q"] = side(row * size, size, self.frame.q_seq, self.refs["q_pos"])
-            mod["q_pos"] = mask["q_pos"] = new["q"].pos[:, None]
+            queries = side(row * size, size, self.frame.q_seq, self.refs["q_pos"])
+        if queries is not None:
+            new["q"] = queries
+            mod["q_pos"] = mask["q_pos"] = queries.pos[:, None]
         if column is not None:
             size = self.frame.block_kv
             new["kv"] = side(column * size, size, self.frame.kv_seq, self.refs["kv_pos"])
@@ -286,18 +311,15 @@ class Tile:
         return None if kept is None else jnp.broadcast_to(kept, shape)
 
     def dropped(self, *tiles: Any) -> tuple[Any, ...]:
-        """Attention weights, or their tangents, after dropout. The same as `_dropout.keep`."""
+        """Attention weights, or their tangents, after dropout."""
         rate = self.frame.dropout_rate
         if not rate:
             return tiles
         assert self.q is not None and self.kv is not None
         seed = self.refs["seed"]
-        first, second = seed[0], seed[1]
-        head = _mix(first ^ _mix(self.head.astype(jnp.uint32) + second))
-        row = _mix(head + self.q.index.astype(jnp.uint32) * np.uint32(0x9E3779B1))
-        column = _mix(self.kv.index.astype(jnp.uint32) * np.uint32(0x7FEB352D) + second)
-        bits = _mix(jnp.bitwise_xor(*_alike(row[:, None], column[None, :])))
-        kept = bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+        row = row_hash(seed, self.head, self.q.index)[:, None]
+        column = column_hash(seed, self.kv.index)[None, :]
+        kept = survives(*_alike(row, column), rate)
         return tuple(jnp.where(kept, x * (1 / (1 - rate)), 0.0) for x in tiles)
 
 

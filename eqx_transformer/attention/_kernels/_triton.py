@@ -33,7 +33,7 @@ from ._tile import (
 from ._tuning import Tuning, padded
 
 
-def _call(
+def call_kernel(
     kernel: Callable[..., None],
     frame: Frame,
     grid: tuple[int, int],
@@ -119,7 +119,7 @@ def forward(inputs: Inputs, tuning: Tuning) -> tuple[Any, Any]:
     lse = jax.ShapeDtypeStruct((call.heads, call.q_seq), jnp.float32)
     operands |= shared
     outputs = [(out, q(call.v_dim)), (lse, stat)]
-    out, lse = _call(_forward_kernel, call, (call.rows, call.heads), operands, specs, outputs)
+    out, lse = call_kernel(_forward_kernel, call, (call.rows, call.heads), operands, specs, outputs)
     return out, lse
 
 
@@ -130,37 +130,51 @@ def _forward_kernel(frame: Frame, refs: dict[str, Any], out_ref: Any, lse_ref: A
     q = load(refs["q"], 0, frame.block_q, frame.head_dim, below=outer.q.below)
 
     def step(column: Any, masked: bool, state: Any) -> Any:
-        peak, total, weighted = state
         tile = outer.at(column=column, masked=masked)
-        k, v = _load_kv(tile, refs, column)
-        scores = _scores(tile, dot(q, k, (1, 1)))
-        allowed = tile.allowed()
-        if allowed is not None:
-            scores = jnp.where(allowed, scores, -jnp.inf)
-        new_peak = jnp.maximum(peak, scores.max(axis=1))
-        # A row that has seen no key yet has the peak -inf, and -inf - -inf is NaN.
-        shift = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
-        weights = jnp.exp2(scores - shift[:, None])
-        decay = jnp.exp2(peak - shift)
-        total = total * decay + weights.sum(axis=1)
-        (weights,) = tile.dropped(weights)
-        weighted = weighted * decay[:, None] + dot(weights.astype(v.dtype), v)
-        return new_peak, total, weighted
+        return attended(tile, q, *_load_kv(tile, refs, column), tile.allowed(), state)
 
-    peak = jnp.full((frame.block_q,), -jnp.inf, jnp.float32)
-    total = jnp.zeros((frame.block_q,), jnp.float32)
+    peak, total, weighted = nothing_seen(frame)
     if refs["sinks"] is not None:
         # A sink is a key that has been seen already, and whose value is zero.
         sink = refs["sinks"][head].astype(jnp.float32)
         peak = jnp.zeros_like(peak) + sink * LOG2E
         total = jnp.where(peak == -jnp.inf, 0.0, 1.0)
+    out, lse = normalised(visit(frame, refs, row, step, (peak, total, weighted)))
+    store(out_ref, out, frame.v_dim, outer.q.below)
+    store_stat(lse_ref, lse, outer.q.below)
+
+
+def nothing_seen(frame: Frame) -> tuple[Any, Any, Any]:
+    """The greatest score in base two, the sum of weights and that of weighted values, of no key."""
+    peak = jnp.full((frame.block_q,), -jnp.inf, jnp.float32)
     weighted = jnp.zeros((frame.block_q, padded(frame.v_dim)), jnp.float32)
-    peak, total, weighted = visit(frame, refs, row, step, (peak, total, weighted))
+    return peak, jnp.zeros_like(peak), weighted
+
+
+def attended(tile: Tile, q: Any, k: Any, v: Any, allowed: Any, state: Any) -> tuple[Any, Any, Any]:
+    """The sums with one tile more."""
+    peak, total, weighted = state
+    scores = _scores(tile, dot(q, k, (1, 1)))
+    if allowed is not None:
+        scores = jnp.where(allowed, scores, -jnp.inf)
+    new_peak = jnp.maximum(peak, scores.max(axis=1))
+    # A row that has seen no key yet has the peak -inf, and -inf - -inf is NaN.
+    shift = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
+    weights = jnp.exp2(scores - shift[:, None])
+    decay = jnp.exp2(peak - shift)
+    total = total * decay + weights.sum(axis=1)
+    (weights,) = tile.dropped(weights)
+    weighted = weighted * decay[:, None] + dot(weights.astype(v.dtype), v)
+    return new_peak, total, weighted
+
+
+def normalised(state: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+    """Output and log-sum-exp."""
+    peak, total, weighted = state
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
-    store(out_ref, weighted / total[:, None], frame.v_dim, outer.q.below)
     lse = jnp.where(empty, -jnp.inf, peak / LOG2E + jnp.log(total))
-    store_stat(lse_ref, lse, outer.q.below)
+    return weighted / total[:, None], lse
 
 
 # --- the transpose of the tangent ---
@@ -184,9 +198,8 @@ def _pulled(tile: Tile, q: Any, k: Any, v: Any, dout: Any, lse: Any, delta: Any)
     dropped, dweights = tile.dropped(weights, dot(dout, v, (1, 1)))
     draw = weights * (dweights - delta[:, None])
     if slope is not None:
-        draw *= slope
-        # Where a score mod is singular at pairs that are excluded, zero times infinity is NaN.
-        draw = draw if allowed is None else jnp.where(allowed, draw, 0.0)
+        # Where a score mod is singular at a pair of no weight, zero times infinity is NaN.
+        draw = jnp.where(weights == 0, 0.0, draw * slope)
     return dropped, draw
 
 
@@ -201,7 +214,7 @@ def transpose_q(inputs: Inputs, tuning: Tuning, lse: Any, delta: Any, dout: Any)
     operands |= shared
     grid = (call.rows, call.heads)
     outputs = [(jax.ShapeDtypeStruct(inputs.q.shape, call.dtype), q(call.head_dim))]
-    (dq,) = _call(_transpose_q_kernel, call, grid, operands, specs, outputs)
+    (dq,) = call_kernel(_transpose_q_kernel, call, grid, operands, specs, outputs)
     return dq
 
 
@@ -250,7 +263,7 @@ def transpose_kv(
         (jax.ShapeDtypeStruct(inputs.v.shape, call.dtype), kv(call.v_dim)),
     ]
     grid = (call.columns, call.kv_heads)
-    dk, dv = _call(_transpose_kv_kernel, call, grid, operands, specs, outputs)
+    dk, dv = call_kernel(_transpose_kv_kernel, call, grid, operands, specs, outputs)
     return dk, dv
 
 
@@ -320,7 +333,7 @@ def tangent(
         (jax.ShapeDtypeStruct(lse.shape, jnp.float32), stat),
     ]
     grid = (call.rows, call.heads)
-    dout, dlse = _call(_tangent_kernel, call, grid, operands, specs, outputs)
+    dout, dlse = call_kernel(_tangent_kernel, call, grid, operands, specs, outputs)
     return dout, dlse
 
 

@@ -1,11 +1,22 @@
 """How the kernels cut the scores."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+import functools
+import json
+import math
+import os
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+import equinox as eqx
+import jax
 
 from .._inputs import Inputs
+from .._masks import lookback
 
-Kernel = Literal["forward", "tangent", "transpose_q", "transpose_kv"]
+Kernel = Literal["forward", "tangent", "transpose_q", "transpose_kv", "decode"]
+Pattern = Literal["full", "masked", "sparse", "listed"]
+Mod = Literal["none", "arithmetic", "lookup"]
 
 
 class Tiles(NamedTuple):
@@ -15,11 +26,37 @@ class Tiles(NamedTuple):
     block_kv: int
     num_warps: int = 4
     num_stages: int = 2
+    split: int = 512
+    """How many keys are one program's part where there are few queries."""
 
 
 def padded(dim: int) -> int:
     """Tiles in registers have sides that are powers of two, and at least what a product takes."""
     return max(16, 1 << (dim - 1).bit_length())
+
+
+class Measured(NamedTuple):
+    """Which tiles were the fastest for some call on some device."""
+
+    device: str
+    """As `jax.Device.device_kind` has it."""
+    kernel: Kernel
+    dtype: str
+    head_dim: int
+    """The greater one of queries and values, rounded up to a power of two."""
+    seq: int
+    """The greater length. That which is nearest, as a ratio, is used."""
+    pattern: Pattern
+    mod: Mod
+    tiles: Tiles
+
+
+MEASURED: Final[tuple[Measured, ...]] = ()
+"""What `tests/benchmarks/tune_kernels.py` found. None yet: it has not been run on a GPU."""
+
+
+_MAX_BLOCK: Final = 128
+"""Greater tiles do not fit registers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,39 +67,111 @@ class Tuning:
 
     def __call__(self, kernel: Kernel, inputs: Inputs, looks_up_pairs: bool) -> Tiles:
         """The tiles of a kernel, which may load something for every pair of positions."""
-        return self.fixed or default_tiles(kernel, inputs, looks_up_pairs)
+        if self.fixed is not None:
+            return self.fixed
+        mod = mod_kind(inputs, looks_up_pairs)
+        tiles = measured_tiles(kernel, inputs, mod) or default_tiles(kernel, inputs, mod)
+        if inputs.block_size is not None:
+            size = min(padded(inputs.block_size), _MAX_BLOCK)
+            tiles = tiles._replace(block_q=size, block_kv=size)
+        # Not more than there is.
+        return tiles._replace(
+            block_q=min(tiles.block_q, padded(inputs.q_seq)),
+            block_kv=min(tiles.block_kv, padded(inputs.kv_seq)),
+        )
 
 
-def default_tiles(kernel: Kernel, inputs: Inputs, looks_up_pairs: bool) -> Tiles:
+def mod_kind(inputs: Inputs, looks_up_pairs: bool) -> Mod:
+    """What a kernel does to scores besides masking them."""
+    if looks_up_pairs:
+        return "lookup"
+    return "none" if inputs.score_mod is None and not inputs.dropout_rate else "arithmetic"
+
+
+def pattern(inputs: Inputs) -> Pattern:
+    """How much of the scores is needed, or that it takes data to know."""
+    if inputs.mask is None:
+        return "full"
+    data = (inputs.mask, inputs.q_positions, inputs.kv_positions)
+    if jax.tree.leaves(eqx.filter(data, eqx.is_array)):
+        return "listed"
+    window = lookback(inputs.mask)
+    return "sparse" if window is not None and 4 * window <= inputs.kv_seq else "masked"
+
+
+def measured_tiles(kernel: Kernel, inputs: Inputs, mod: Mod) -> Tiles | None:
+    """The tiles of the nearest measurement, if there is one on this device."""
+    if jax.default_backend() != "gpu":
+        return None
+    device = jax.devices()[0].device_kind
+    wanted = (device, kernel, inputs.q.dtype.name, _dim(inputs), pattern(inputs), mod)
+    seq = max(inputs.q_seq, inputs.kv_seq)
+
+    def matches(row: Measured) -> bool:
+        return wanted == (row.device, row.kernel, row.dtype, row.head_dim, row.pattern, row.mod)
+
+    rows = list(filter(matches, (*_of_user(), *MEASURED)))
+    if not rows:
+        return None
+    return min(rows, key=lambda row: abs(math.log(row.seq / seq))).tiles
+
+
+@functools.cache
+def _of_user() -> tuple[Measured, ...]:
+    """What somebody measured on their own device, and asks for by `EQX_TRANSFORMER_TILES`."""
+    file = os.environ.get("EQX_TRANSFORMER_TILES")
+    if file is None:
+        return ()
+    rows = json.loads(Path(file).read_text())
+    return tuple(Measured(**(row | {"tiles": Tiles(*row["tiles"])})) for row in rows)
+
+
+def _dim(inputs: Inputs) -> int:
+    return max(padded(inputs.q.shape[-1]), padded(inputs.v.shape[-1]))
+
+
+def default_tiles(kernel: Kernel, inputs: Inputs, mod: Mod) -> Tiles:
     """Tiles that fit registers and shared memory of an NVIDIA GPU of compute capability 9.0.
 
-    Chosen by compiling for it: hardly anything is spilled to memory. Not by timing them.
+    Chosen by compiling for it, see `tests/benchmarks/attention_aot.py`. Not by timing them.
     """
-    dim = max(padded(inputs.q.shape[-1]), padded(inputs.v.shape[-1]))
-    narrow = inputs.q.dtype.itemsize <= 2
-    tiles = (_narrow if narrow else _wide)(kernel, dim)
-    if looks_up_pairs:
-        # What is looked up for every pair waits in shared memory, next to keys and values.
-        tiles = tiles._replace(block_kv=min(tiles.block_kv, 64))
-    return tiles._replace(
-        block_q=min(tiles.block_q, padded(inputs.q_seq)),
-        block_kv=min(tiles.block_kv, padded(inputs.kv_seq)),
-    )
+    if inputs.q.dtype.itemsize > 2:
+        return _wide(kernel, _dim(inputs), mod)
+    return _narrow(kernel, _dim(inputs), pattern(inputs), mod)
 
 
-def _narrow(kernel: Kernel, dim: int) -> Tiles:
+def _narrow(kernel: Kernel, dim: int, pattern: Pattern, mod: Mod) -> Tiles:
     """For numbers of two bytes."""
+    # Registers hold a tile of scores, sums, and what masks and mods are computed with; in shared
+    # memory are keys and values for every stage, and what is looked up for every pair.
+    listed, lookup = pattern == "listed", mod == "lookup"
+    if kernel == "decode":
+        return Tiles(16, 32 if dim > 128 else 64, 4, 3)
+    if kernel == "forward" and dim > 128:
+        return Tiles(128, 32 if lookup else 64, 8, 2)
+    if kernel == "forward" and (listed or lookup):
+        return Tiles(128, 64, 8, 2 if lookup and dim > 64 else 3)
     if kernel == "forward":
-        return Tiles(128, 64 if dim > 128 else 128, 8, 3 if dim <= 64 else 2)
+        return Tiles(128, 128, 8, 2)
     if dim > 128:
-        return Tiles(32, 32, 4, 1)
-    return Tiles(128, 64, 8, 2) if kernel == "transpose_q" else Tiles(64, 64, 4, 2)
+        return Tiles(32, 32, 8 if kernel == "transpose_kv" else 4, 1)
+    if kernel == "transpose_q":
+        return Tiles(128, 32 if listed and lookup and dim > 64 else 64, 8, 2)
+    if dim <= 64:
+        # The compiler lets the products of a single loop wait for each other if it has two stages.
+        single = kernel == "transpose_kv" and pattern == "full"
+        return Tiles(128, 64, 8, 1) if single else Tiles(64, 64, 4, 2)
+    if kernel == "tangent":
+        return Tiles(128, 32, 8, 2)
+    return Tiles(128, 64, 8, 1 if lookup or (listed and mod != "none") else 2)
 
 
-def _wide(kernel: Kernel, dim: int) -> Tiles:
+def _wide(kernel: Kernel, dim: int, mod: Mod) -> Tiles:
     """For numbers of four bytes."""
-    if dim > 128:
-        return Tiles(32, 32, 8, 1)
-    if dim > 64 and kernel == "transpose_kv":
+    if kernel == "decode":
+        return Tiles(16, 32, 4, 2)
+    if dim > 128 and kernel in ("tangent", "transpose_kv"):
+        return Tiles(16, 32 if kernel == "tangent" else 16, 8, 1)
+    if dim > 128 or (dim > 64 and (kernel == "transpose_kv" or mod == "lookup")):
         return Tiles(32, 32, 8, 1)
     return Tiles(64, 32, 8 if kernel == "tangent" else 4, 1)

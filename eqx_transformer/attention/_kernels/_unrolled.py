@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from .._varying import vary_alike
-from ._rules import MAX_UNROLLED, RULES, is_number
+from ._rules import MAX_UNROLLED, RULES, is_number, select
 
 # What a Triton kernel computes elementwise. Anything else would fail when the kernel is compiled.
 _ELEMENTWISE = frozenset(
@@ -123,7 +123,7 @@ class Unrolled(abc.ABC):
             self.refuse(f"chooses among {len(options)} values")
         chosen = options[-1]()
         for i in reversed(range(len(options) - 1)):
-            chosen = self.apply(lax.select, self.apply(lax.eq, index, i), options[i](), chosen)
+            chosen = self.apply(select, self.apply(lax.eq, index, i), options[i](), chosen)
         return chosen
 
     def index(self, value: Any, index: tuple[Any, ...]) -> Any:
@@ -198,6 +198,8 @@ class Unrolled(abc.ABC):
 
     def _elementwise(self, eqn: Any, inputs: list[Any]) -> Callable[[tuple[Any, ...]], Any]:
         def compute(*xs: Any) -> Any:
+            if eqn.primitive.name == "select_n" and all(x.dtype == bool for x in xs):
+                return select(xs[0], xs[2], xs[1])
             return eqn.primitive.bind(*xs, **eqn.params)
 
         def element(index: tuple[Any, ...]) -> Any:
