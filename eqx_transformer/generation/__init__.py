@@ -5,6 +5,7 @@ from ._beam_search import beam_search as beam_search
 from ._generate import Generation as Generation
 from ._generate import generate as generate
 from ._generate import generate_with_log_probs as generate_with_log_probs
+from ._paged_cache import PagedCache as PagedCache
 from ._processors import AllowTokens as AllowTokens
 from ._processors import ForbidRepeats as ForbidRepeats
 from ._processors import FrequencyPenalty as FrequencyPenalty

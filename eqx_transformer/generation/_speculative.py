@@ -178,17 +178,20 @@ def _run(
             return jax.lax.dynamic_update_slice(state.tokens, tokens, (state.end,)), None, None
         decoder = draft
 
-        def step(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], Array]:
-            tokens, cache = carry
-            end = state.end + i
+        def step(carry: tuple[Array, Array, Any], noise: Array) -> tuple[Any, Array]:
+            tokens, end, cache = carry
             logits, cache = decoder.extend(tokens[end - 1][None], cache)
             q = probabilities(logits[0], tokens, end)
-            token = jax.random.categorical(jax.random.fold_in(key, i), jnp.log(q))
-            return (tokens.at[end].set(token.astype(jnp.int32)), cache), q
+            token = jnp.argmax(jnp.log(q) + noise).astype(jnp.int32)
+            return (tokens.at[end].set(token), end + 1, cache), q
 
-        # One more than is proposed, for the cache of the last one. It is overwritten.
-        steps = jnp.arange(num_draft + 1, dtype=jnp.int32)
-        (tokens, cache), q = jax.lax.scan(step, (state.tokens, state.caches[1]), steps)
+        # One more than is proposed, for the cache of the last one. It is overwritten. Random
+        # numbers for all at once: where a draft is worth it, a call of the generator costs as much.
+        logits, _ = eqx.filter_eval_shape(decoder.extend, state.tokens[:1], state.caches[1])
+        shape = (num_draft + 1, logits.shape[-1])
+        noise = jax.random.gumbel(key, shape, accumulation_dtype(logits.dtype))
+        start = (state.tokens, state.end, state.caches[1])
+        (tokens, _, cache), q = jax.lax.scan(step, start, noise)
         return tokens, q, cache
 
     def body(state: _State) -> _State:

@@ -13,6 +13,7 @@ from ._axial_rope import AxialRoPE
 from ._cache import KVCache
 from ._linear import AbstractLinear, Linear
 from ._norm import RMSNorm
+from ._paged_cache import PagedKVCache
 from ._ring_cache import RingCache
 from ._rope import RoPE
 
@@ -263,12 +264,12 @@ class Attention(AbstractAttention):
     def extend(
         self,
         x: Float[Array, "seq d_model"],
-        cache: KVCache | RingCache,
+        cache: KVCache | RingCache | PagedKVCache,
         *,
         mask: AbstractMask | None = None,
         length: int | Int[Array, ""] | None = None,
         coordinates: Float[Array, "seq dims"] | None = None,
-    ) -> tuple[Float[Array, "seq d_model"], KVCache | RingCache]:
+    ) -> tuple[Float[Array, "seq d_model"], KVCache | RingCache | PagedKVCache]:
         """Attends from the next positions of a sequence to all of it so far.
 
         Arguments:
@@ -299,7 +300,11 @@ class Attention(AbstractAttention):
             q = self.rope(q, positions, length=cache.length)
             k = self.rope(k, kv_positions, length=cache.length)
         mask = WRITTEN if mask is None else WRITTEN & mask
-        return self._attend(x, q, k, v, mask, positions, kv_positions, None), cache
+        attention_fn = None
+        if isinstance(cache, PagedKVCache) and not on_read:
+            attention_fn = cache.read_in_place(self.attention_fn, k.dtype)
+        where = (mask, positions, kv_positions, None)
+        return self._attend(x, q, k, v, *where, attention_fn=attention_fn), cache
 
     def _project(self, x: Float[Array, "seq d_model"]) -> tuple[Array, Array, Array]:
         """Queries, keys and values, not yet turned to their positions."""
@@ -341,6 +346,8 @@ class Attention(AbstractAttention):
         q_positions: Array | None,
         kv_positions: Array | None,
         key: PRNGKeyArray | None,
+        *,
+        attention_fn: Callable[..., Array] | None = None,
     ) -> Array:
         dropout_rate = 0.0 if self.inference else self.dropout_rate
         if dropout_rate > 0 and key is None:
@@ -352,7 +359,7 @@ class Attention(AbstractAttention):
             mask = self.mask if mask is None else self.mask & mask
         # Not every attention function knows of sinks.
         sinks = {} if self.sinks is None else {"sinks": self.sinks}
-        out = self.attention_fn(
+        out = (self.attention_fn if attention_fn is None else attention_fn)(
             q,
             k,
             v,

@@ -11,6 +11,7 @@ from ._attention import WRITTEN, AbstractAttention, check_rate
 from ._cache import KVCache
 from ._linear import AbstractLinear, Linear
 from ._norm import RMSNorm
+from ._paged_cache import PagedKVCache
 from ._rope import RoPE
 from ._rope_scaling import YaRNScaling
 
@@ -190,11 +191,11 @@ class LatentAttention(AbstractAttention):
     def extend(
         self,
         x: Float[Array, "seq d_model"],
-        cache: KVCache,
+        cache: KVCache | PagedKVCache,
         *,
         mask: AbstractMask | None = None,
         length: int | Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "seq d_model"], KVCache]:
+    ) -> tuple[Float[Array, "seq d_model"], KVCache | PagedKVCache]:
         """Attends from the next positions of a sequence to all of it so far.
 
         Arguments, results and errors are those of `Attention.extend`.

@@ -17,10 +17,10 @@ def product(
 ) -> Float[Array, "*batch out_features"]:
     """`x @ weight`, for any number of leading axes.
 
-    JAX differentiates it by the weight as `cotangent^T x`, transposed. With several leading axes, as in
-    a batch, XLA on CPU may write the first operand down transposed, and compute what led to it once
-    more on the way. Here the first is the narrower one, which takes down to a quarter of the time.
-    Everything else is JAX's own.
+    JAX differentiates it by the weight as `cotangent^T x`, transposed. With several leading axes,
+    as in a batch, XLA on CPU may write the first operand down transposed, and compute what led to
+    it once more on the way. Here the first is the narrower one, which takes down to a quarter of
+    the time. Everything else is JAX's own.
     """
     return x @ weight
 

@@ -116,8 +116,8 @@ class RingCache(eqx.Module):
         before = (self.k, self.v, self.positions)
         k, v, positions = jax.tree.map(write, before, added)
         cache = RingCache(k, v, positions, self.length + count, self.window)
-        if seq > 1:
-            # The first of several needs positions whose slots the last of them take.
+        if seq - 1 > slots - self.window:
+            # The first of so many needs positions whose slots the last of them take.
             k, v, positions = jax.tree.map(
                 lambda old, new: jnp.concatenate([old, new], slots_axis(old)), before, added
             )
@@ -134,12 +134,15 @@ class RingCache(eqx.Module):
         """
         new = jnp.broadcast_to(jnp.asarray(length, jnp.int32), self.length.shape)
         slots = self.positions.shape[-1]
-        lost = (self.length > slots) & (self.length - new > slots - self.window + 1)
+        # What was taken back before is not held either: the oldest is not `length - slots`.
+        held = self.positions >= 0
+        oldest = jnp.min(jnp.where(held, self.positions, self.length[..., None]), axis=-1)
+        lost = oldest > jnp.maximum(new - self.window + 1, 0)
         new = eqx.error_if(
             new,
             jnp.any((new < 0) | (new > self.length) | lost),
             f"RingCache: truncate(length) needs a length from 0 to that of the cache, and at most "
-            f"{slots - self.window + 1} positions can be taken back.",
+            f"{slots - self.window + 1} positions can be taken back in all.",
         )
         positions = jnp.where(self.positions < new[..., None], self.positions, -1)
         # Not by the constructor, which would not have the arrays of a stack of layers.

@@ -4,6 +4,8 @@ Hypothesis draws the model and the parts. Two rows are a batch, with left paddin
 their own; drafts of wrong tokens are appended and taken back.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,7 @@ ROWS, SEQ, VOCAB = 2, 12, 19
 # Of the largest logit: a few dozen roundings, as there are sums on the way through two layers.
 TOLERANCE = {"float64": 1e-13, "float32": 32 * 2.0**-23, "bfloat16": 8 * 2.0**-8}
 
-TINY = {"vocab_size": VOCAB, "d_model": 16, "num_heads": 4, "max_len": SEQ}
+TINY: dict[str, Any] = {"vocab_size": VOCAB, "d_model": 16, "num_heads": 4, "max_len": SEQ}
 MLA = MLAConfig(kv_rank=6, nope_head_dim=4, rope_head_dim=4, v_head_dim=5)
 MOE = MoEConfig(num_experts=4, experts_per_token=2, d_expert=12)
 SCALINGS = [

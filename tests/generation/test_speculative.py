@@ -1,6 +1,7 @@
 """Speculative decoding has the distribution of the model it is for, whatever the draft."""
 
 import itertools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from generation.decoders import Markov, markov
+from generation.test_cache_law import model_of
 
 from eqx_transformer.generation import (
     ForbidRepeats,
@@ -72,16 +74,23 @@ def test_distribution(draft, options, processors):
     assert statistic < some.sum() + 5 * np.sqrt(2 * some.sum())
 
 
-@pytest.mark.parametrize("draft", ["itself", "another", "lookup"])
-def test_greedy_tokens_are_those_of_generate(draft):
+@pytest.fixture(scope="module")
+def greedy():
+    """A model, and another."""
     config = LlamaConfig(
         vocab_size=23, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, max_len=64, window=9
     )
-    model = Llama(config, key=jax.random.key(0))
-    other = Llama(config.replace(num_layers=1), key=jax.random.key(1))
+    return model_of(config, 0), model_of(config.replace(num_layers=1), 1)
+
+
+@pytest.mark.parametrize("draft", ["itself", "another", "lookup"])
+def test_greedy_tokens_are_those_of_generate(greedy, draft):
+    model, other = greedy
     drafts = {"itself": model, "another": other, "lookup": PromptLookup()}
     prompt, count = jnp.arange(7) % 3, 21
-    options = {"max_new_tokens": count, "temperature": 0}
+    # No token is 23. A stop of two tokens, so that both calls are of one program.
+    options: dict[str, Any] = {"max_new_tokens": count, "temperature": 0}
+    options["stop_sequences"] = [[23, 23]]
     wanted = generate(model, prompt, **options)
     got = generate_speculatively(model, drafts[draft], prompt, **options)
     assert got.tokens.tolist() == wanted.tolist()
@@ -89,9 +98,9 @@ def test_greedy_tokens_are_those_of_generate(draft):
     if draft == "itself":  # four proposals and one more token a call
         assert int(got.num_calls) == -(-count // 5)
     # A stop in the middle of what is accepted at once.
-    stops = [wanted.tolist()[9:11]]
-    wanted = generate(model, prompt, stop_sequences=stops, **options)
-    again = generate_speculatively(model, drafts[draft], prompt, stop_sequences=stops, **options)
+    options["stop_sequences"] = [wanted.tolist()[9:11]]
+    wanted = generate(model, prompt, **options)
+    again = generate_speculatively(model, drafts[draft], prompt, **options)
     assert again.tokens.tolist() == wanted.tolist()
     assert int(again.length) <= 11
 

@@ -19,7 +19,14 @@ def rows(start, count):
     return jnp.arange(start, start + count, dtype=jnp.float32)[:, None, None] * jnp.ones((1, 2, 3))
 
 
-@pytest.mark.parametrize("parts", [[1] * 80, [30, 50], [80], [3, 1, 40, 1, 1, 34], [SLOTS, 7]])
+# The most that can be read where they are written, and one more.
+FITS, TOO_MANY = _SPARE + 1, _SPARE + 2
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[1] * 80, [30, 50], [80], [3, 1, 40, 1, 1, 34], [SLOTS, 7], [40, FITS, TOO_MANY, FITS]],
+)
 def test_the_last_positions_are_kept(parts):
     cache = RingCache.init(WINDOW, 2, 3)
     extended = eqx.filter_jit(lambda cache, x: cache.extended(x, -x))
@@ -70,7 +77,7 @@ def test_which_layers_have_one():
     assert isinstance(layer(mask=Causal() & ~SlidingWindow(3, 0)).init_cache(200), KVCache)
 
 
-@pytest.mark.parametrize("parts", [[1] * 60, [25, 1, 1, 30, 3]])
+@pytest.mark.parametrize("parts", [[1] * 60, [6, FITS - 2, 1, 1, 10, 9, 2], [26, TOO_MANY]])
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_cache_is_the_forward(parts, padded):
     attention = layer()
@@ -101,6 +108,8 @@ def test_tokens_are_taken_back():
     _, longer = extend(x[: _SPARE + 2], cache)
     with pytest.raises(RuntimeError, match="at most 33 positions"):
         truncate(longer, 50)
+    with pytest.raises(RuntimeError, match="at most 33 positions"):
+        truncate(truncate(longer, 60), 50)  # in two steps neither
     with pytest.raises(RuntimeError, match="from 0 to that of the cache"):
         truncate(cache, 51)
 
