@@ -5,8 +5,8 @@
 The digits are the 1,797 that come with scikit-learn, 8 by 8 pixels each; a fifth is held out. It is
 compared with logistic regression on the pixels. In the folder `runs/digits` there are at the end
 the results, a picture of the confusion matrix, and one of what decides: where the class token
-attends, and the derivative of the score with respect to the pixels. Takes a minute and a half on
-two CPU cores, and needs the extra `examples`.
+attends, and the derivative of the score with respect to the pixels. Takes a minute on two CPU
+cores, and needs the extra `examples`.
 """
 
 import argparse

@@ -5,8 +5,6 @@ import math
 import re
 from typing import Any, Final, NamedTuple
 
-import equinox as eqx
-import jax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree

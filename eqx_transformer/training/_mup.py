@@ -3,8 +3,6 @@
 import math
 from typing import Any, NamedTuple, TypeVar
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
