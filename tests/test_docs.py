@@ -8,7 +8,6 @@ from pathlib import Path
 from runpy import run_path
 from types import ModuleType
 
-import jax
 import pytest
 
 import eqx_transformer
@@ -43,11 +42,10 @@ def run_page(page: Path) -> int:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.usefixtures("settings_of_a_user")
 def test_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # As users run it: optax and others do not promise to work with strict promotion.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        run_page(page)
+    run_page(page)
 
 
 def test_the_readme_has_a_program():

@@ -9,12 +9,11 @@ for every order of derivative.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from harness import interleaved, ratios
+from harness import interleaved, ratios, report
 
 from eqx_transformer.attention import Causal, SlidingWindow, dot_product_attention
 
@@ -153,10 +152,7 @@ def main() -> None:
         "memory MiB": memory(args.heads, args.head_dim),
         "forward and backward": times(args.seq, args.heads, args.head_dim, args.rounds),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    report(result, args.json)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ the compiler; attnax and penzai take part if they are installed.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from harness import foreign_load
+from harness import foreign_load, report
 from training_cpu import VOCAB, ByHand, JaxRun, call, installed, make_config, of_attnax, of_penzai
 
 from eqx_transformer.models import Llama
@@ -55,10 +54,7 @@ def main() -> None:
             temporaries = compiled.memory_analysis().temp_size_in_bytes
             rows[layers] = {"seconds": round(seconds, 2), "MiB": round(temporaries / 2**20)}
         result[name] = rows
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    report(result, args.json)
 
 
 if __name__ == "__main__":

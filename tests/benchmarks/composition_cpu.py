@@ -10,7 +10,6 @@ compute. Compilation includes tracing, and begins with empty caches.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import diffrax
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import lineax
 import numpy as np
 import optimistix
-from harness import interleaved, ratios
+from harness import interleaved, ratios, report
 
 from eqx_transformer.stacks import encoder_block
 
@@ -181,10 +180,7 @@ def main() -> None:
     result = {"jax": jax.__version__, "arguments": {**vars(args), "json": None}}
     for name, (program, layout) in PROGRAMS.items():
         result[name] = compare(program, layout, args)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    report(result, args.json)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ rounds.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from harness import interleaved, ratios
+from harness import interleaved, ratios, report
 
 from eqx_transformer.nn import Linear
 from eqx_transformer.training import cross_entropy_from_hidden
@@ -55,10 +54,7 @@ def main() -> None:
     shares = ratios(seconds, "dense")
     for name, values in seconds.items():
         result[name] |= {"seconds": min(values), "share of dense": shares[name]}
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    report(result, args.json)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ dtypes are given as many bytes as they have, although a program may make float32
 
 import argparse
 import importlib.util
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import interleaved, ratios
+from harness import interleaved, ratios, report
 
 from eqx_transformer.generation import generate
 from eqx_transformer.interop import save_pretrained
@@ -153,10 +152,7 @@ def main() -> None:
     result["bytes per token"] = {name: bytes_per_token(model) for name, model in models.items()}
     for batch in args.batch:
         result[f"batch {batch}"] = compare(models, batch, args.rounds)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    report(result, args.json)
 
 
 if __name__ == "__main__":

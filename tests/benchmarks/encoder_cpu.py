@@ -9,7 +9,6 @@ transformers (the group `parity`).
 """
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from harness import foreign_load, interleaved, ratios
+from harness import foreign_load, interleaved, ratios, report
 
 from eqx_transformer.attention import Padding
 from eqx_transformer.interop import load_pretrained
@@ -93,10 +92,7 @@ def main() -> None:
     seconds = interleaved(runs, args.rounds)
     result["seconds"] = {name: round(statistics.median(x), 4) for name, x in seconds.items()}
     result["time of the others over ours"] = ratios(seconds, "ours")
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    report(result, args.json)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Interleaved timing: what is compared runs in turn, so that a noisy machine disturbs all alike."""
 
+import json
 import os
 import statistics
 import time
@@ -55,18 +56,14 @@ def matmul_limit() -> float:
     return 2 * size**3 / min(seconds)
 
 
-def bandwidth_limit() -> float:
-    """Bytes a second that are read when a large array is summed."""
-    x = jax.numpy.ones(2**27)
-    seconds = interleaved({"sum": lambda: _total(x)}, 9)["sum"]
-    return x.nbytes / min(seconds)
+def report(result: Any, path: Path | None) -> None:
+    """Prints a result as JSON, and writes it to a file if one is given."""
+    text = json.dumps(result, indent=2)
+    print(text)
+    if path is not None:
+        path.write_text(text + "\n")
 
 
 @jax.jit
 def _product(x: jax.Array) -> jax.Array:
     return x @ x
-
-
-@jax.jit
-def _total(x: jax.Array) -> jax.Array:
-    return x.sum()

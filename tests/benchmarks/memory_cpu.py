@@ -8,7 +8,6 @@ models are those of `training_cpu.py` with a batch of one sequence; "chunked" is
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import training_cpu
+from harness import report
 from training_cpu import ByHand, JaxRun, call, installed, make_config, of_attnax, of_penzai
 
 from eqx_transformer.models import Llama
@@ -90,10 +90,7 @@ def main() -> None:
         training_cpu.VOCAB = vocab
         by_vocabulary[vocab] = temporaries(args.layers, 512)
     result["by vocabulary"] = by_vocabulary
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    report(result, args.json)
 
 
 if __name__ == "__main__":

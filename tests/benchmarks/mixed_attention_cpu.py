@@ -10,13 +10,12 @@ faster than one with a mask.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from harness import interleaved, ratios
+from harness import interleaved, ratios, report
 
 from eqx_transformer.nn import (
     AnchorBranch,
@@ -147,10 +146,7 @@ def main() -> None:
         "temporary memory by queries": memory(args),
         "times that calls are faster than a mask": small(args),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    report(result, args.json)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ mean; for one sequence, and for as many positions as a batch of eight.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from harness import interleaved, ratios
+from harness import interleaved, ratios, report
 
 from eqx_transformer.nn import GatedMLP, MixtureOfExperts
 
@@ -100,10 +99,7 @@ def main() -> None:
         for backward in (False, True):
             name = f"batch of {batch}, forward" + (" and backward" if backward else "")
             result[name] = compare(args, batch, backward)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    report(result, args.json)
 
 
 if __name__ == "__main__":

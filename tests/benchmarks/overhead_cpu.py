@@ -10,7 +10,6 @@ over a flat list of arrays; and one forward pass without any `jit`, next to
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from harness import foreign_load, interleaved, ratios
+from harness import foreign_load, interleaved, ratios, report
 
 from eqx_transformer.models import Llama, LlamaConfig
 from eqx_transformer.nn import Attention
@@ -124,10 +123,7 @@ def main() -> None:
             name: round(1e3 * statistics.median(x), 2) for name, x in uncompiled.items()
         },
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    report(result, args.json)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,13 @@ and the tokens that one call of the target gave, which is what the draft is good
 """
 
 import argparse
-import json
 import sysconfig
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from harness import interleaved, ratios
+from harness import interleaved, ratios, report
 
 from eqx_transformer.generation import PromptLookup, generate, generate_speculatively
 from eqx_transformer.interop import load
@@ -76,10 +75,7 @@ def main() -> None:
             "times as fast as alone": {k: 1 / v for k, v in ratios(seconds, "alone").items()},
             "tokens per call of the target": calls,
         }
-    output = json.dumps(result, indent=2)
-    print(output)
-    if args.json:
-        args.json.write_text(output + "\n")
+    report(result, args.json)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ and next to ours in float32. Libraries that are not installed are left out.
 
 import argparse
 import importlib.util
-import json
 import math
 import os
 import statistics
@@ -30,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness import foreign_load, interleaved, matmul_limit, ratios
+from harness import foreign_load, interleaved, matmul_limit, ratios, report
 
 from eqx_transformer.interop import save_pretrained
 from eqx_transformer.models import Llama, LlamaConfig
@@ -341,10 +340,7 @@ def main() -> None:
         "so seconds at least": round(operations / peak, 3),
     }
     result["MiB of temporaries in a step"] = {key: run.temporaries() for key, run in runs.items()}
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    report(result, args.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ attnax take part if they are installed.
 """
 
 import argparse
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from harness import foreign_load, interleaved, ratios
+from harness import foreign_load, interleaved, ratios, report
 
 from eqx_transformer.interop import load_pretrained
 from eqx_transformer.models import VisionTransformer
@@ -194,10 +193,7 @@ def main() -> None:
             "times as fast as": ratios(seconds, "ours"),
         }
     np.testing.assert_allclose(mine["step"](), torchs["step"](), rtol=1e-3)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    report(result, args.json)
 
 
 if __name__ == "__main__":
