@@ -24,7 +24,6 @@ from eqx_transformer.nn import Attention, KVCache
 
 from .conformance import assert_close, compiled
 from .kernels.problems import CAUSAL, RELATIVE, SCALED, Problem, gpu, like, marked
-from .kernels.problems import NAMED as OTHERS
 
 SMALL = kernel_passes(Tiles(16, 16, split=32))
 """Several programs for a sequence, of two tiles each."""
@@ -307,44 +306,3 @@ def test_lowering_of_every_size(dims, dtype, page_size):
         batched = jax.vmap(one, in_axes=(0, None, None, 0))
         found = launches(batched, array(3, 1, 8, dims[0]), k, v, lengths)
     assert len(found) == 1
-
-
-MASKS = {
-    "none": None,
-    "causal": CAUSAL,
-    "window": attn.SlidingWindow(9, 2),
-    "prefix": attn.Prefix(jnp.int32(9)),
-    "padding": attn.Padding(jnp.arange(60) < 50),
-    "segments": attn.Segments(jnp.arange(60) // 7),
-    "groups": attn.TokenGroups((20, 40), ((1, 0), (1, 1))),
-    "strided": attn.Strided(3),
-    "dense": attn.Dense(jnp.ones((60, 60), bool)),
-    "predicate": attn.Predicate(lambda q_pos, kv_pos: (q_pos + kv_pos) % 3 > 0),
-    "expression": ~attn.Strided(3) & (attn.Prefix(7) | CAUSAL),
-}
-MODS = {
-    "none": None,
-    "alibi": attn.ALiBi(4),
-    "soft cap": attn.SoftCap(3.0),
-    "relative": RELATIVE,
-    "dense": attn.DenseBias(jnp.zeros((4, 60, 60))),
-    "module": SCALED,
-    "closure": OTHERS["closure"].mod,
-    "composed": attn.Compose((RELATIVE, attn.SoftCap(3.0))),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mask", MASKS)
-def test_lowering_of_every_mask_with_every_mod(mask):
-    """For many queries and for few, in one program."""
-    q, k = jnp.zeros((60, 4, 16)), jnp.zeros((60, 2, 16))
-
-    def run(q: Any, k: Any) -> Any:
-        return [
-            pallas(make_inputs(x, k, k, mask=MASKS[mask], score_mod=mod))[0]
-            for mod in MODS.values()
-            for x in (q, q[:2])
-        ]
-
-    assert len(launches(run, q, k)) == 2 * len(MODS)

@@ -1,5 +1,7 @@
 """The kernels for TPUs: interpreted against the definition, and lowered without a TPU."""
 
+import subprocess
+import sys
 from typing import Any
 
 import equinox as eqx
@@ -22,10 +24,11 @@ from .kernels.problems import (
     CAUSAL,
     IDS,
     NAMED,
-    PROBLEMS,
     RELATIVE,
     SCALED,
     Problem,
+    Scaled,
+    device,
     gpu,
     like,
 )
@@ -36,7 +39,10 @@ FAST = {"plain", "dense", "everything"}
 # One of each kind of operand. How a mask and a score mod are combined makes no difference.
 INTERPRETED = ["plain", "dense", "relative", "everything", "one_query", "nothing", "compose"]
 INTERPRETED += ["bfloat16", "float16"]
-LOWERED_FAST = FAST | {"causal_mqa", "one_query", "float16"}
+# Of every other mask and score mod: `kernels/test_every_pair.py`.
+LOWERED = ["plain", "one_head", "causal_mqa", "closure", "everything", "one_query"]
+LOWERED += ["bfloat16", "float16"]
+LOWERED_FAST = {"plain", "everything", "causal_mqa", "one_query", "float16"}
 
 
 def finite(output: Any) -> Any:
@@ -90,10 +96,10 @@ KINDS = jnp.asarray(np.arange(53) % 5, jnp.int8)
 
 
 def magnitude(score: Any, q_pos: Any, kv_pos: Any, head: Any) -> Any:
-    """Has no derivative at zero; looks up integers of one byte."""
+    """Has no value at zero; looks up integers of one byte."""
     del head
     score = jnp.where(KINDS[q_pos] + KINDS[kv_pos] > 3, score, 2 * score)
-    return jnp.sqrt(score * score)
+    return score * score / jnp.abs(score)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
@@ -142,12 +148,7 @@ def test_batches():
     assert_close(batched(q, k, ids), expected, jnp.float32)
 
 
-PREDICATE = attn.Predicate(lambda i, j: jnp.where(i % 2 == 0, j <= i, j > i))
-LOWERED = [problem for problem in PROBLEMS if problem.kv_seq > 0]
-LOWERED += [Problem("predicate", mask=PREDICATE, mod=RELATIVE)]
-
-
-@pytest.mark.parametrize("problem", marked(LOWERED, LOWERED_FAST))
+@pytest.mark.parametrize("problem", marked([NAMED[name] for name in LOWERED], LOWERED_FAST))
 def test_every_kernel_is_lowered(problem):
     text = lowered(every_kernel(problem, pallas), *arguments(problem))
     # A closure is another function each time it is passed, so it has two forward kernels.
@@ -165,6 +166,35 @@ def test_batches_are_programs_of_one_kernel_unless_they_differ_in_what_is_visite
     text = lowered(jax.vmap(run, in_axes=(0, None, 0)), q, k, ids)
     assert text.count(TPU) == 3
     assert ("stablehlo.while" in text) == batched
+
+
+@pytest.mark.parametrize(
+    ("platform", "check_vma"),
+    [("tpu", True), ("tpu", False), pytest.param("cuda", True, marks=pytest.mark.slow)],
+)
+def test_every_kernel_where_batch_and_heads_are_split_over_devices(platform, check_vma):
+    mask = CAUSAL & attn.Segments(IDS)
+    problem = Problem("split", 40, 40, mask=mask, mod=SCALED, sinks=True)
+    args = problem.args()
+    args |= {name: jnp.stack([args[name]] * 2) for name in "qkv"}
+    spec = jax.sharding.PartitionSpec
+    of_tokens, of_heads = spec("batch", None, "heads"), spec("heads")
+    specs: dict[str, Any] = dict.fromkeys("qkv", of_tokens) | {"sinks": of_heads}
+    specs["mod"] = Scaled(spec(), of_heads, spec())
+
+    def run(args: Any) -> Any:
+        args |= {name: args[name][0] for name in "qkv"}
+        result = every_kernel(problem, pallas)(args, args, problem.run(pallas, args))
+        of_devices = [result["jvp"][0], *(result["vjp"][name] for name in "qkv")]
+        return [x[None] for x in of_devices]
+
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.AbstractMesh((2, 2), ("batch", "heads"), axes, **device(platform))
+    split = jax.shard_map(
+        run, mesh=mesh, in_specs=(specs,), out_specs=of_tokens, check_vma=check_vma
+    )
+    text = lowered(split, args, platform=platform)
+    assert [text.count(x) for x in (TPU, GPU)] == ([4, 0] if platform == "tpu" else [0, 4])
 
 
 def test_the_size_of_tiles_is_a_multiple_of_the_lanes():
@@ -193,6 +223,32 @@ def test_whose_kernels_run_is_decided_by_platform():
     ]
 
 
+WITHOUT_TRITON = """
+import sys
+
+sys.modules["jax.experimental.pallas.triton"] = None  # What imports it now fails.
+import jax
+import jax.numpy as jnp
+from eqx_transformer.attention import Causal, dot_product_attention
+
+
+def run(q):
+    return dot_product_attention(q, q, q, mask=Causal(), implementation="pallas").sum()
+
+
+q = jnp.zeros((40, 2, 16))
+program = jax.jit(jax.grad(run)).trace(q)
+print(program.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call"))
+"""
+
+
+def test_without_pallas_for_triton():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "3\n", done.stderr
+
+
 def test_refuses_what_a_tpu_cannot_do_when_it_is_lowered_for_one():
     q = jnp.zeros((40, 4, 16))
     large = eqx.tree_at(lambda x: x.table, RELATIVE, jnp.zeros((300, 4)))
@@ -210,3 +266,10 @@ def test_refuses_what_a_tpu_cannot_do_when_it_is_lowered_for_one():
 
     with pytest.raises(NotImplementedError, match=r"acos.*implementation='chunked' takes it"):
         lowered(lambda q: run(inverse, q), q)
+
+    def half(score: Any, q_pos: Any, kv_pos: Any, head: Any) -> Any:
+        return score + (q_pos - kv_pos).astype(jnp.float16).astype(score.dtype)
+
+    with pytest.raises(NotImplementedError, match="score_mod that has numbers of type float16"):
+        lowered(lambda q: run(half, q), q)
+    assert np.isfinite(run(half, q)).all()

@@ -16,8 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from .._inputs import Inputs, Source
-from ._tile import Frame, Side, Tile, load, mod_program, prepare, start, store, store_stat
+from ._tile import Frame, Side, Tile, mod_program, prepare, start
 from ._triton import attended, call_kernel, normalised, nothing_seen
+from ._triton_memory import load, store, store_stat
 from ._tuning import Tuning, padded
 
 MAX_ROWS: Final = 16

@@ -16,10 +16,15 @@ MAX_UNROLLED: Final = 256
 """How many elements a sum, or steps a loop, may have."""
 
 
+def _negated(x: Any) -> Any:
+    # Pallas for Hopper GPUs takes a detour for `not`, and loses its way.
+    return x ^ jnp.full(x.shape, True)
+
+
 def select(which: Any, value: Any, otherwise: Any) -> Any:
     """`value` where `which` holds. Of booleans by logic: Pallas for TPUs knows no other way."""
     if value.dtype == bool:
-        return (which & value) | (~which & otherwise)
+        return (which & value) | (_negated(which) & otherwise)
     return lax.select(which, value, otherwise)
 
 
@@ -263,6 +268,43 @@ def _dot_general(self: Any, eqn: Any, x: Any, y: Any) -> Any:
         return total
 
     return element
+
+
+def computation(eqn: Any) -> Callable[..., Any]:
+    """What an elementwise operation computes, of what Pallas for TPUs knows too."""
+    name, out = eqn.primitive.name, eqn.outvars[0].aval.dtype
+    dtypes = {x.aval.dtype for x in eqn.invars}
+    (dtype, *others) = dtypes
+
+    def compute(*xs: Any) -> Any:
+        return _sign(*xs) if name == "sign" else eqn.primitive.bind(*xs, **eqn.params)
+
+    if name == "add_any":
+        return lax.add
+    if dtypes == {jnp.dtype(bool)} and name in _OF_BOOLEANS:
+        return _OF_BOOLEANS[name]
+    narrow = jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize < 4 and not others
+    if narrow and name not in _OF_BITS:
+        # TPUs compute with integers of 32 bits. What is cut off again is what overflows.
+        return lambda *xs: compute(*(x.astype(jnp.int32) for x in xs)).astype(out)
+    return compute
+
+
+_OF_BOOLEANS: Final = {
+    "eq": lambda x, y: _negated(x ^ y),
+    "ne": lambda x, y: x ^ y,
+    "not": _negated,
+    "select_n": lambda which, otherwise, value: select(which, value, otherwise),
+}
+"""By logic, as Pallas for TPUs and Hopper GPUs knows no other way."""
+_OF_BITS: Final = ("clz", "convert_element_type", "population_count", "shift_right_logical")
+"""What depends on how many bits an integer has, not on its value alone."""
+
+
+def _sign(x: Any) -> Any:
+    # Pallas for TPUs has one that asks the machine at hand which TPU it is.
+    found = (x > 0).astype(x.dtype) - (x < 0).astype(x.dtype)
+    return jnp.where(x != x, x, found) if jnp.issubdtype(x.dtype, jnp.floating) else found
 
 
 def _log2(self: Any, eqn: Any, x: Any) -> Any:

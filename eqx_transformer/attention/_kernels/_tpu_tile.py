@@ -134,7 +134,7 @@ def make_plan(
     inputs: Inputs, kernel: Kernel, tuning: Tuning, mod: Traced | None, *, by_column: bool = False
 ) -> Plan:
     """Grid and operands of a kernel, but for those that are its own."""
-    tuning = Tuning(tuning.fixed or _tiles(inputs))
+    tuning = Tuning(tuning.fixed if isinstance(tuning.fixed, Tiles) else _tiles(inputs))
     frame, shared = prepare(inputs, kernel, tuning, mod, by_column=by_column)
     head = jnp.arange(frame.heads, dtype=jnp.int32)[:, None, None]
     # Positions that exist, so that functions of them are as well-behaved as elsewhere.
@@ -185,13 +185,18 @@ def _given(
         return node in of_pairs
 
     rest, given = split(program, before)
+    name = "score_mod" if what == "mod" else "mask"
     for size in (read[n].size for n in rest.used):
         if size > _MAX_TABLE:
-            name = "score_mod" if what == "mod" else "mask"
             raise NoKernelError(
                 f"has no kernels on a TPU for a {name} that looks something up for every pair of "
                 f"positions in a table of {size} elements, more than {_MAX_TABLE}"
             )
+    if any(x.dtype == jnp.float16 for x in rest.instructions):
+        raise NoKernelError(
+            f"has no kernels on a TPU for a {name} that has numbers of type float16 for every "
+            "pair of positions"
+        )
     start = program.start(tables)
     q_pos, kv_lanes = q_pos[None, None, :], kv_pos[None, None, :]
     runs = {
@@ -273,10 +278,13 @@ def call_kernel(
 
     def run(*leaves: Any, interpret: bool) -> Any:
         lists, operands = jax.tree.unflatten(treedef, leaves)
+        axes = jax.typeof(leaves[0]).manual_axis_type
         call = pl.pallas_call(
             partial(_program, kernel, plan),
             grid_spec=grid_spec,
-            out_shape=types,
+            out_shape=[
+                jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=axes) for x in types
+            ],
             interpret=interpret,
             compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
         )

@@ -16,20 +16,8 @@ from jax.experimental.pallas import triton as plt
 
 from .._inputs import Inputs
 from ._launch import launch
-from ._tile import (
-    LOG2E,
-    Frame,
-    Tile,
-    dot,
-    load,
-    load_stat,
-    mod_program,
-    prepare,
-    start,
-    store,
-    store_stat,
-    visit,
-)
+from ._tile import LOG2E, Frame, Tile, dot, mod_program, prepare, start, visit
+from ._triton_memory import load, load_stat, store, store_stat
 from ._tuning import Tuning, padded
 
 
@@ -195,6 +183,10 @@ def _pulled(tile: Tile, q: Any, k: Any, v: Any, dout: Any, lse: Any, delta: Any)
     allowed = tile.allowed()
     if allowed is not None:
         weights = jnp.where(allowed, weights, 0.0)
+    assert tile.q is not None
+    if slope is not None and tile.q.below is not None:
+        # Queries that fill up a tile are zeros, where a score mod need not have a value.
+        weights = jnp.where(tile.q.below[:, None], weights, 0.0)
     dropped, dweights = tile.dropped(weights, dot(dout, v, (1, 1)))
     draw = weights * (dweights - delta[:, None])
     if slope is not None:

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from .._varying import vary_alike
-from ._rules import MAX_UNROLLED, RULES, is_number, select
+from ._rules import MAX_UNROLLED, RULES, computation, is_number, select
 
 # What a Triton kernel computes elementwise. Anything else would fail when the kernel is compiled.
 _ELEMENTWISE = frozenset(
@@ -197,10 +197,7 @@ class Unrolled(abc.ABC):
         return [out]
 
     def _elementwise(self, eqn: Any, inputs: list[Any]) -> Callable[[tuple[Any, ...]], Any]:
-        def compute(*xs: Any) -> Any:
-            if eqn.primitive.name == "select_n" and all(x.dtype == bool for x in xs):
-                return select(xs[0], xs[2], xs[1])
-            return eqn.primitive.bind(*xs, **eqn.params)
+        compute = computation(eqn)
 
         def element(index: tuple[Any, ...]) -> Any:
             return self.apply(compute, *(self.element(x, index if x.shape else ()) for x in inputs))

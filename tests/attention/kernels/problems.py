@@ -120,13 +120,19 @@ def like(tree: Any, seed: int) -> Any:
     return jax.tree.unflatten(treedef, drawn)
 
 
+def device(platform: str) -> dict[str, Any]:
+    """For a mesh of devices that this machine does not have."""
+    if platform != "cuda" or jax.__version_info__ < (0, 11):
+        return {}
+    kind = {"device_kind": "NVIDIA H200", "num_cores": 132, "platform": "gpu"}
+    return {"abstract_device": jax.sharding.AbstractDevice(**kind)}
+
+
 def gpu() -> Any:
     """In which programs can be lowered for a GPU on a machine without one."""
     if jax.__version_info__ < (0, 11):
         return contextlib.nullcontext()
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), **device("cuda")))
 
 
 CAUSAL = attn.Causal()

@@ -11,6 +11,7 @@ import pytest
 import eqx_transformer.attention as attn
 from eqx_transformer.attention._kernels._pointwise import trace
 
+from ..conformance import equations
 from .problems import DENSE_BIAS, HOLES, RELATIVE, SCALED, Rows
 
 MOD = {"score": jnp.float32, "q_pos": jnp.int32, "kv_pos": jnp.int32, "head": jnp.int32}
@@ -82,6 +83,15 @@ def updates(score, q_pos, kv_pos, head):
     return table[kv_pos, 2] + padded[kv_pos % 5] + padded[3] + padded[0]
 
 
+def narrow_integers(score, q_pos, kv_pos, head):
+    signed, unsigned = (jnp.asarray(np.arange(9) * 27, x)[q_pos + 1] for x in ("int8", "uint16"))
+    pairs = jnp.asarray(np.arange(9) * 31, "int8")[kv_pos] * signed - signed
+    pairs = jnp.sign(pairs) + jnp.minimum(pairs, 3) // 2 % jnp.int8(5) + (-pairs << jnp.int8(3))
+    other = kv_pos.astype(jnp.uint16) - unsigned * unsigned
+    chosen = jnp.where((other > 40000) | (pairs < signed), abs(pairs), pairs**3)
+    return score + chosen.astype(jnp.float32) + jnp.clip(other, 9, 60000).astype(jnp.float32)
+
+
 def without_arguments(score, q_pos, kv_pos, head):
     return jnp.asarray(TABLE.sum() * 0 + 2.5)
 
@@ -102,6 +112,7 @@ FUNCTIONS = [
     nested,
     filled,
     updates,
+    narrow_integers,
     without_arguments,
 ]
 MASKS = [
@@ -155,6 +166,24 @@ def test_score_mods(function):
 
     # The arrays of a Module are arguments of the program, those of a function are constants.
     np.testing.assert_allclose(*eqx.filter_jit(both)(function), rtol=2e-6, atol=2e-6)
+
+
+def test_integers_are_computed_with_32_bits():
+    """TPUs know no others."""
+    program = trace(lambda **xs: (narrow_integers(**xs),), MOD, what="score_mod", like=SCORE)
+    jaxpr = jax.make_jaxpr(lambda **given: run(program, **given))(**arguments(MOD)).jaxpr
+    moving = {"convert_element_type", "broadcast_in_dim", "gather", "jit", "select_n", "squeeze"}
+    for equation in equations(jaxpr):
+        if equation.primitive.name not in moving:
+            for x in equation.invars:
+                assert x.aval.dtype == bool or x.aval.dtype.itemsize >= 4, equation
+
+
+def test_the_sign_of_every_kind_of_number():
+    numbers = jnp.asarray([-jnp.inf, -2.0, -0.0, 0.0, 1e-30, jnp.inf, jnp.nan, 3.0])[:, None]
+    program = trace(lambda **xs: (jnp.sign(xs["score"]),), MOD, what="score_mod", like=SCORE)
+    (found,) = run(program, score=numbers)
+    np.testing.assert_array_equal(found, jnp.broadcast_to(jnp.sign(numbers), SCORE.shape))
 
 
 @pytest.mark.parametrize(
