@@ -37,13 +37,20 @@ NAMESPACES = [
 ]
 # JAX outside of its stable interface, and who alone may use it.
 UNSTABLE = {
-    "jax.extend": {"attention/_linear_map.py", "attention/_kernels/_launch.py"},
+    "jax.extend": {
+        "attention/_linear_map.py",
+        "attention/_kernels/_launch.py",
+        "attention/_kernels/_pointwise.py",
+    },
     "jax.interpreters": {"attention/_linear_map.py", "attention/_kernels/_launch.py"},
     "jax.experimental": {
         "attention/_kernels/_decode.py",
+        "attention/_kernels/_hopper.py",
+        "attention/_kernels/_hopper_tile.py",
         "attention/_kernels/_tile.py",
         "attention/_kernels/_tpu_tile.py",
         "attention/_kernels/_triton.py",
+        "attention/_kernels/_triton_memory.py",
     },
     "jax._src": set(),
 }

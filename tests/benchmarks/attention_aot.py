@@ -138,7 +138,9 @@ def _device() -> Any:
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
-def _program(case: Case, compiler: Compiler, seq: int = SEQ) -> tuple[Any, list[Any]]:
+def program(
+    case: Case, compiler: Compiler, passes: Any = pallas, seq: int = SEQ
+) -> tuple[Any, list[Any]]:
     """A function that runs the kernels of a case, and its arguments."""
     score_mod = mod(case.mod, HEADS)
 
@@ -173,7 +175,7 @@ def _program(case: Case, compiler: Compiler, seq: int = SEQ) -> tuple[Any, list[
         if case.dropout_rate:
             options = {"dropout_rate": case.dropout_rate, "dropout_key": jax.random.key(0)}
         which = mask(case.mask, seq, ids)
-        return pallas(make_inputs(q, k, v, mask=which, score_mod=score_mod, **options))[0]
+        return passes(make_inputs(q, k, v, mask=which, score_mod=score_mod, **options))[0]
 
     def all_four(q: Any, k: Any, v: Any, ids: Any, dout: Any) -> Any:
         out, pull = jax.vjp(lambda *x: forward(*x, ids), q, k, v)
@@ -236,7 +238,7 @@ def compiled_kernels(cases: list[Case], compiler: Compiler) -> list[dict[str, An
             shutil.rmtree(file) if file.is_dir() else file.unlink()
         start = time.perf_counter()
         try:
-            function, args = _program(case, compiler)
+            function, args = program(case, compiler)
             compiled = compiler(function, *args)
         except Exception as error:
             rows.append({"case": str(case), **vars(case), "kernel": "?", "error": str(error)[:300]})
@@ -253,12 +255,14 @@ def compiled_kernels(cases: list[Case], compiler: Compiler) -> list[dict[str, An
     return rows
 
 
-def temporaries(compiler: Compiler, dtype: str = "bfloat16", seq: int = 16384) -> dict[str, float]:
+def temporaries(
+    compiler: Compiler, passes: Any = pallas, dtype: str = "bfloat16", seq: int = 16384
+) -> dict[str, float]:
     """MiB of temporary memory of whole programs: causal, 16 heads of 128."""
     x = compiler.array(seq, HEADS, 128, dtype=dtype)
 
     def loss(q: Any, k: Any, v: Any) -> Any:
-        out = attn.dot_product_attention(q, k, v, mask=attn.Causal(), implementation="pallas")
+        out, _ = passes(make_inputs(q, k, v, mask=attn.Causal()))
         return out.astype(jnp.float32).sum()
 
     gradient = jax.grad(loss, argnums=(0, 1, 2))

@@ -35,6 +35,8 @@ from eqx_transformer.attention._inputs import Inputs, make_inputs
 from eqx_transformer.attention._kernels import _decode, _triton
 from eqx_transformer.attention._kernels._tile import mask_program, mod_program
 from eqx_transformer.attention._kernels._tuning import (
+    HOPPER,
+    HopperTiles,
     Kernel,
     Measured,
     Tiles,
@@ -86,21 +88,23 @@ class Case:
         stat = jnp.full((batch, HEADS, q_seq), 5.0, jnp.float32)
         return [q, k, v, q, stat, stat]
 
-    def run(self, tiles: Tiles) -> Callable[..., Any]:
+    def run(self, tiles: Tiles | HopperTiles) -> Callable[..., Any]:
         """The kernel alone, with these tiles, compiled."""
-        tuning = Tuning(tiles)
+        tuning, kernels = Tuning(tiles), _triton
+        if isinstance(tiles, HopperTiles):
+            from eqx_transformer.attention._kernels import _hopper as kernels
 
         def one(q: Any, k: Any, v: Any, dout: Any, lse: Any, delta: Any) -> Any:
             inputs = self.inputs(q, k, v)
             if self.kernel == "decode":
                 return _decode.decode(inputs, tuning)
             if self.kernel == "forward":
-                return _triton.forward(inputs, tuning)
+                return kernels.forward(inputs, tuning)
             if self.kernel == "tangent":
                 unmoved = jax.tree.map(lambda _: None, inputs.score_mod)
                 moved = {"q": q, "k": k, "v": v, "score_mod": unmoved}
-                return _triton.tangent(inputs, tuning, dout, lse, delta, moved)
-            transpose = getattr(_triton, self.kernel)
+                return kernels.tangent(inputs, tuning, dout, lse, delta, moved)
+            transpose = getattr(kernels, self.kernel)
             return transpose(inputs, tuning, lse, delta, dout)
 
         return jax.jit(jax.vmap(one))
@@ -123,7 +127,7 @@ def cases() -> Iterator[Case]:
         yield Case(kernel, "float32", dim, 4096, "causal", "none")
 
 
-def candidates(case: Case) -> Iterator[Tiles]:
+def candidates(case: Case) -> Iterator[Tiles | HopperTiles]:
     """Tiles that may fit; which do, the compiler says."""
     if not ON_GPU:
         yield from (Tiles(16, 16), Tiles(32, 32, split=32))
@@ -140,6 +144,8 @@ def candidates(case: Case) -> Iterator[Tiles]:
         *(Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 2)),
         *(Tiles(32, 32, 4, 1), Tiles(32, 32, 8, 1)),
     )
+    if HOPPER and case.dtype != "float32":
+        yield from (HopperTiles(*x) for x in ((64, 2), (128, 2), (64, 3), (64, 4), (128, 1)))
 
 
 def best(case: Case, rounds: int) -> tuple[Measured, dict[str, float]] | None:

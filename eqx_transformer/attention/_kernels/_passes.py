@@ -16,8 +16,11 @@ from .._chunked import chunked
 from .._derivatives import Output, Passes, Tangents
 from .._inputs import Inputs
 from ._launch import by_platform
-from ._tuning import Tiles, Tuning
+from ._tuning import HopperTiles, Kernel, Tiles, Tuning
 from ._unrolled import NoKernelError
+
+Platform = Literal["cuda", "hopper", "tpu"]
+"""For which there are kernels. Those for Hopper GPUs are used where they are known to be faster."""
 
 _MAX_DIM = 256
 """The greatest head dimension whose tiles fit a program's shared memory."""
@@ -33,7 +36,7 @@ def refusal(inputs: Inputs) -> str | None:
 
         eqx.filter_eval_shape(_tile.programs, inputs)
     except ImportError:
-        return "needs Pallas for Triton, which this version of JAX lacks"
+        return "needs Pallas, which this version of JAX lacks"
     except NoKernelError as error:
         return error.reason
     return None
@@ -58,19 +61,48 @@ class _Kernels:
     """The kernels of a platform: that which a program is lowered for, if none is given."""
 
     tuning: Tuning
-    platform: Literal["cuda", "tpu"] | None = None
+    platform: Platform | None = None
 
-    def __call__(self, run: Callable[..., Any], outputs: Any, *args: Any) -> Any:
-        """Computes `run(kernels, tuning, *args)`, with results like `outputs`."""
+    def __call__(
+        self, kernel: Kernel, run: Callable[..., Any], outputs: Any, inputs: Inputs, *args: Any
+    ) -> Any:
+        """Computes `run(kernels, tuning, inputs, *args)`, with results like `outputs`.
 
-        def on(*args: Any, platform: str) -> Any:
+        Arguments:
+
+        - `kernel`: which of the kernels `run` calls.
+        """
+
+        def on(inputs: Inputs, *args: Any, platform: str) -> Any:
             if (self.platform or platform) == "tpu":
                 from . import _tpu as kernels
-            else:
-                from . import _triton as kernels
-            return run(kernels, self.tuning, *args)
 
-        return by_platform(on, args, outputs)
+                return run(kernels, self.tuning, inputs, *args)
+            tiles = self._hopper_tiles(kernel, inputs) if platform == "cuda" else None
+            if tiles is not None:
+                from . import _hopper as kernels
+
+                return run(kernels, Tuning(tiles), inputs, *args)
+            try:
+                from . import _triton as kernels
+            except ImportError as error:
+                if platform == "cuda":
+                    reason = "needs Pallas for Triton on this GPU, which this version of JAX lacks"
+                    raise NoKernelError(reason) from error
+                # Where kernels are interpreted, those for TPUs do as well.
+                from . import _tpu as kernels
+
+            return run(kernels, self.tuning, inputs, *args)
+
+        return by_platform(on, (inputs, *args), outputs)
+
+    def _hopper_tiles(self, kernel: Kernel, inputs: Inputs) -> HopperTiles | None:
+        def takes() -> bool:
+            from ._hopper_plan import takes
+
+            return takes(inputs)
+
+        return self.tuning.hopper(kernel, inputs, takes, asked=self.platform == "hopper")
 
 
 def _statistics(inputs: Inputs) -> Any:
@@ -90,14 +122,15 @@ class _Forward:
             return chunked.forward(inputs)
 
         def run(kernels: Any, tuning: Tuning, inputs: Inputs) -> Output:
-            from . import _decode, _triton
+            if kernels.__name__.endswith("_triton"):
+                from . import _decode
 
-            if kernels is _triton and _decode.takes(inputs):
-                return _decode.decode(inputs, tuning)
+                if _decode.takes(inputs):
+                    return _decode.decode(inputs, tuning)
             out, lse = kernels.forward(inputs, tuning)
             return out, lse.T
 
-        return self.kernels(run, (_output(inputs), _statistics(inputs)), inputs)
+        return self.kernels("forward", run, (_output(inputs), _statistics(inputs)), inputs)
 
 
 @eqx.filter_custom_jvp
@@ -116,7 +149,7 @@ def _tangent(residuals: Any, tangents: Tangents, *, kernels: _Kernels) -> Output
         return dout, dlse.T
 
     args = (inputs, out, _finite(lse).T, dlse.T, moved)
-    return kernels(run, (_output(inputs), _statistics(inputs)), *args)
+    return kernels("tangent", run, (_output(inputs), _statistics(inputs)), *args)
 
 
 @_tangent.def_jvp
@@ -149,8 +182,8 @@ def _transpose(
     def of_kv(kernels: Any, tuning: Tuning, inputs: Inputs, *stats: Any) -> Any:
         return kernels.transpose_kv(inputs, tuning, *stats)
 
-    dq = kernels(of_q, inputs.q, *args)
-    dk, dv = kernels(of_kv, (inputs.k, inputs.v), *args)
+    dq = kernels("transpose_q", of_q, inputs.q, *args)
+    dk, dv = kernels("transpose_kv", of_kv, (inputs.k, inputs.v), *args)
     result = {"q": dq, "k": dk, "v": dv}
     if inputs.sinks is not None and "sinks" in wanted:
         weights = jnp.exp(inputs.sinks.astype(inputs.dtype)[None, :] - _finite(lse))
@@ -194,7 +227,7 @@ def _finite(lse: Array) -> Array:
 
 
 def kernel_passes(
-    tiles: Tiles | None = None, platform: Literal["cuda", "tpu"] | None = None
+    tiles: Tiles | HopperTiles | None = None, platform: Platform | None = None
 ) -> Passes:
     """The passes, with given tiles or those that suit the inputs, and by which kernels."""
     kernels = _Kernels(Tuning(tiles), platform)

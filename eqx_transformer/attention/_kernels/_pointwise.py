@@ -18,6 +18,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr
 
 from ._launch import typed_alike
 from ._unrolled import Lazy, Unrolled
@@ -67,6 +68,16 @@ class Program:
         """Whether something is loaded for every pair of positions, not for rows or columns."""
         return any(x.table is not None and x.needs >= _PAIR for x in self.instructions)
 
+    @property
+    def operations(self) -> set[str]:
+        """The names of all operations of JAX that a run consists of."""
+        found: set[str] = set()
+        for node in self.instructions:
+            if node.compute is not _argument and node.table is None:
+                scalars = [jax.ShapeDtypeStruct((), x.dtype) for x in node.inputs]
+                found |= _names(jax.make_jaxpr(node.compute)(*scalars).jaxpr)
+        return found
+
     def start(self, refs: Sequence[Any]) -> "Run":
         """Begins a run in a kernel, with the references of the tables."""
         return Run(self, tuple(refs), frozenset(), {}).bind()
@@ -98,6 +109,25 @@ def split(
     rest = Program([new.get(x, x) for x in program.outputs])
     used = frozenset().union(*(x.needs for x in rest.instructions))
     return rest, {name: node for name, node in given.items() if name in used}
+
+
+def results(
+    program: Program, tables: Sequence[Any], given: dict[str, Instruction], **arguments: Any
+) -> dict[str, Any]:
+    """Computes what a kernel is given, see `split`, of arrays of one rank.
+
+    Each result has the shape to which those of the arguments it depends on broadcast.
+    """
+    start, ones = program.start(tables), (1,) * max(x.ndim for x in arguments.values())
+    runs: dict[frozenset[str], Any] = {}
+    found = {}
+    for name, node in given.items():
+        needed = {x: arguments[x] for x in node.needs}
+        if node.needs not in runs:
+            runs[node.needs] = start.bind(**needed).values
+        shape = np.broadcast_shapes(ones, *(x.shape for x in needed.values()))
+        found[name] = jnp.broadcast_to(runs[node.needs][node], shape)
+    return found
 
 
 def wide(dtype: Any) -> Any:
@@ -150,6 +180,12 @@ class Run:
     def outputs(self) -> tuple[Any, ...]:
         """The results, each a tile that broadcasts to the arguments' shape, or a NumPy scalar."""
         return tuple(self.values.get(x, x) for x in self.program.outputs)
+
+
+def _names(jaxpr: Any) -> set[str]:
+    params = [x for eqn in jaxpr.eqns for x in eqn.params.values()]
+    inner = [x.jaxpr for x in params if isinstance(x, ClosedJaxpr)]
+    return {eqn.primitive.name for eqn in jaxpr.eqns}.union(*map(_names, inner))
 
 
 def _argument(*_: Any) -> Any:

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .._dropout import column_hash, row_hash, survives
 from .._inputs import Inputs
 from ._launch import launch
-from ._pointwise import Instruction, Program, Run, Traced, split, wide
+from ._pointwise import Instruction, Program, Run, Traced, results, split, wide
 from ._tile import LOG2E, Frame, dot, prepare
 from ._tuning import Kernel, Tiles, Tuning
 from ._unrolled import NoKernelError
@@ -197,30 +197,15 @@ def _given(
             f"has no kernels on a TPU for a {name} that has numbers of type float16 for every "
             "pair of positions"
         )
-    start = program.start(tables)
-    q_pos, kv_lanes = q_pos[None, None, :], kv_pos[None, None, :]
-    runs = {
-        "rows": lambda: start.bind(head=head, q_pos=q_pos),
-        "columns": lambda: start.bind(head=head, kv_pos=kv_lanes),
-        "pairs": lambda: start.bind(head=head, q_pos=q_pos, kv_pos=kv_pos[None, :, None]),
-    }
-    values: dict[str, Any] = {}
-    operands: dict[str, Any] = {kind: {} for kind in runs}
-    for name, node in given.items():
-        kind = "pairs" if node.needs >= pair else "columns" if "kv_pos" in node.needs else "rows"
-        if kind not in values:
-            values[kind] = runs[kind]().values
+    operands: dict[str, Any] = {kind: {} for kind in ("rows", "columns", "pairs")}
+    places = {"head": head, "q_pos": q_pos[None, None, :], "kv_pos": kv_pos[None, :, None]}
+    for name, x in results(program, tables, given, **places).items():
+        needs = given[name].needs
+        kind = "pairs" if needs >= pair else "columns" if "kv_pos" in needs else "rows"
         # Booleans of pairs take less memory so, and are converted in the kernel.
-        small = node.dtype == bool and kind == "pairs"
-        x = values[kind][node].astype(jnp.int8 if small else wide(node.dtype))
-        heads = head.size if "head" in node.needs else 1
-        queries = q_pos.size if "q_pos" in node.needs else 1
-        shapes = {
-            "rows": (1, queries),
-            "columns": (1, kv_pos.size),
-            "pairs": (kv_pos.size, queries),
-        }
-        operands[kind][name] = jnp.broadcast_to(x, (heads, *shapes[kind]))
+        small = x.dtype == bool and kind == "pairs"
+        x = x.astype(jnp.int8 if small else wide(x.dtype))
+        operands[kind][name] = x.swapaxes(1, 2) if kind == "columns" else x
     operands["tables"] = [_table(read[n]) for n in rest.used]
     return rest, operands
 

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
@@ -30,6 +31,15 @@ class Tiles(NamedTuple):
     """How many keys are one program's part where there are few queries."""
 
 
+class HopperTiles(NamedTuple):
+    """How a kernel for Hopper GPUs cuts the scores. A program has 128 rows."""
+
+    block: int
+    """How many tokens a tile has that is fetched: a multiple of 64."""
+    stages: int = 2
+    """How many tiles are in shared memory at a time."""
+
+
 def padded(dim: int) -> int:
     """Tiles in registers have sides that are powers of two, and at least what a product takes."""
     return max(16, 1 << (dim - 1).bit_length())
@@ -48,12 +58,16 @@ class Measured(NamedTuple):
     """The greater length. That which is nearest, as a ratio, is used."""
     pattern: Pattern
     mod: Mod
-    tiles: Tiles
+    tiles: Tiles | HopperTiles
+    """Those of the kernels for Hopper GPUs, where these were faster."""
 
 
 MEASURED: Final[tuple[Measured, ...]] = ()
 """What `tests/benchmarks/tune_kernels.py` found. None yet: it has not been run on a GPU."""
 
+
+HOPPER: Final = jax.__version_info__ >= (0, 11)
+"""Whether this version of JAX has what the kernels for Hopper GPUs are written in."""
 
 _MAX_BLOCK: Final = 128
 """Greater tiles do not fit registers."""
@@ -63,14 +77,16 @@ _MAX_BLOCK: Final = 128
 class Tuning:
     """Tiles for every kernel: the given ones, or those that suit the inputs."""
 
-    fixed: Tiles | None = None
+    fixed: Tiles | HopperTiles | None = None
 
     def __call__(self, kernel: Kernel, inputs: Inputs, looks_up_pairs: bool) -> Tiles:
         """The tiles of a kernel, which may load something for every pair of positions."""
-        if self.fixed is not None:
+        if isinstance(self.fixed, Tiles):
             return self.fixed
         mod = mod_kind(inputs, looks_up_pairs)
-        tiles = measured_tiles(kernel, inputs, mod) or default_tiles(kernel, inputs, mod)
+        tiles = measured_tiles(kernel, inputs, mod)
+        if not isinstance(tiles, Tiles):
+            tiles = default_tiles(kernel, inputs, mod)
         if inputs.block_size is not None:
             size = min(padded(inputs.block_size), _MAX_BLOCK)
             tiles = tiles._replace(block_q=size, block_kv=size)
@@ -79,6 +95,27 @@ class Tuning:
             block_q=min(tiles.block_q, padded(inputs.q_seq)),
             block_kv=min(tiles.block_kv, padded(inputs.kv_seq)),
         )
+
+    def hopper(
+        self, kernel: Kernel, inputs: Inputs, takes: Callable[[], bool], *, asked: bool
+    ) -> HopperTiles | None:
+        """The tiles of a kernel for Hopper GPUs; `None` where that for any GPU is to be used.
+
+        Arguments:
+
+        - `takes`: whether there is one for the score mod and the mask.
+        - `asked`: whether to use it wherever there is one, and not only where it is known to be
+            faster.
+        """
+        if self.fixed is not None:
+            return self.fixed if isinstance(self.fixed, HopperTiles) else None
+        known = any(isinstance(row.tiles, HopperTiles) for row in _of_device())
+        if inputs.block_size is not None or not (asked or known) or not takes():
+            return None
+        tiles = measured_tiles(kernel, inputs, mod_kind(inputs, looks_up_pairs=False))
+        if tiles is None and asked:
+            tiles = default_hopper_tiles(kernel, inputs)
+        return tiles if isinstance(tiles, HopperTiles) else None
 
 
 def mod_kind(inputs: Inputs, looks_up_pairs: bool) -> Mod:
@@ -99,21 +136,27 @@ def pattern(inputs: Inputs) -> Pattern:
     return "sparse" if window is not None and 4 * window <= inputs.kv_seq else "masked"
 
 
-def measured_tiles(kernel: Kernel, inputs: Inputs, mod: Mod) -> Tiles | None:
+def measured_tiles(kernel: Kernel, inputs: Inputs, mod: Mod) -> Tiles | HopperTiles | None:
     """The tiles of the nearest measurement, if there is one on this device."""
-    if jax.default_backend() != "gpu":
-        return None
-    device = jax.devices()[0].device_kind
-    wanted = (device, kernel, inputs.q.dtype.name, _dim(inputs), pattern(inputs), mod)
+    wanted = (kernel, inputs.q.dtype.name, _dim(inputs), pattern(inputs), mod)
     seq = max(inputs.q_seq, inputs.kv_seq)
 
     def matches(row: Measured) -> bool:
-        return wanted == (row.device, row.kernel, row.dtype, row.head_dim, row.pattern, row.mod)
+        return wanted == (row.kernel, row.dtype, row.head_dim, row.pattern, row.mod)
 
-    rows = list(filter(matches, (*_of_user(), *MEASURED)))
+    rows = list(filter(matches, _of_device()))
     if not rows:
         return None
     return min(rows, key=lambda row: abs(math.log(row.seq / seq))).tiles
+
+
+def _of_device() -> list[Measured]:
+    """What was measured on this one."""
+    if jax.default_backend() != "gpu":
+        return []
+    device = jax.devices()[0].device_kind
+    rows = (*_of_user(), *MEASURED)
+    return [x for x in rows if x.device == device and (HOPPER or isinstance(x.tiles, Tiles))]
 
 
 @functools.cache
@@ -123,11 +166,28 @@ def _of_user() -> tuple[Measured, ...]:
     if file is None:
         return ()
     rows = json.loads(Path(file).read_text())
-    return tuple(Measured(**(row | {"tiles": Tiles(*row["tiles"])})) for row in rows)
+    return tuple(Measured(**(row | {"tiles": _named(row["tiles"])})) for row in rows)
+
+
+def _named(tiles: list[int]) -> Tiles | HopperTiles:
+    # There are fewer numbers to those for Hopper GPUs.
+    return HopperTiles(*tiles) if len(tiles) == len(HopperTiles._fields) else Tiles(*tiles)
 
 
 def _dim(inputs: Inputs) -> int:
     return max(padded(inputs.q.shape[-1]), padded(inputs.v.shape[-1]))
+
+
+def default_hopper_tiles(kernel: Kernel, inputs: Inputs) -> HopperTiles | None:
+    """Tiles for which registers suffice; `None` where there are none, or no kernel.
+
+    Chosen as `default_tiles` are.
+    """
+    if not HOPPER or kernel == "decode" or inputs.q.dtype.itemsize != 2:
+        return None
+    if _dim(inputs) > 128:
+        return HopperTiles(64) if kernel == "forward" else None
+    return HopperTiles(128 if kernel == "forward" else 64)
 
 
 def default_tiles(kernel: Kernel, inputs: Inputs, mod: Mod) -> Tiles:

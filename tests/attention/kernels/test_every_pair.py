@@ -17,8 +17,8 @@ import pytest
 
 import eqx_transformer.attention as attn
 from eqx_transformer.attention._inputs import Inputs, make_inputs
-from eqx_transformer.attention._kernels import _decode, _tile, _tpu, _triton
-from eqx_transformer.attention._kernels._tuning import Tuning
+from eqx_transformer.attention._kernels import _decode, _hopper, _hopper_plan, _tile, _tpu, _triton
+from eqx_transformer.attention._kernels._tuning import HOPPER, HopperTiles, Tuning
 from eqx_transformer.nn._disentangled_attention import _DistanceScores
 
 from .problems import RELATIVE, SCALED, Rows, closure, gpu
@@ -85,33 +85,34 @@ REFUSED = {
 """By TPUs, and what they say."""
 
 
-def forward(kernels: Any, inputs: Inputs, stat: Any) -> Any:
-    return kernels.forward(inputs, Tuning())
+def forward(kernels: Any, tuning: Tuning, inputs: Inputs, stat: Any) -> Any:
+    return kernels.forward(inputs, tuning)
 
 
-def tangent(kernels: Any, inputs: Inputs, stat: Any) -> Any:
+def tangent(kernels: Any, tuning: Tuning, inputs: Inputs, stat: Any) -> Any:
     mod = eqx.filter(inputs.score_mod, eqx.is_inexact_array)
     moved = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "score_mod": mod}
-    return kernels.tangent(inputs, Tuning(), inputs.q, stat, stat, moved)
+    return kernels.tangent(inputs, tuning, inputs.q, stat, stat, moved)
 
 
-def transpose_q(kernels: Any, inputs: Inputs, stat: Any) -> Any:
-    return kernels.transpose_q(inputs, Tuning(), stat, stat, inputs.q)
+def transpose_q(kernels: Any, tuning: Tuning, inputs: Inputs, stat: Any) -> Any:
+    return kernels.transpose_q(inputs, tuning, stat, stat, inputs.q)
 
 
-def transpose_kv(kernels: Any, inputs: Inputs, stat: Any) -> Any:
-    return kernels.transpose_kv(inputs, Tuning(), stat, stat, inputs.q)
+def transpose_kv(kernels: Any, tuning: Tuning, inputs: Inputs, stat: Any) -> Any:
+    return kernels.transpose_kv(inputs, tuning, stat, stat, inputs.q)
 
 
-def decode(kernels: Any, inputs: Inputs, stat: Any) -> Any:
+def decode(kernels: Any, tuning: Tuning, inputs: Inputs, stat: Any) -> Any:
     few = dataclasses.replace(inputs, q=inputs.q[:2], q_positions=POSITIONS[-2:], source=None)
-    return _decode.decode(few, Tuning())
+    return _decode.decode(few, tuning)
 
 
 KERNELS = (forward, tangent, transpose_q, transpose_kv)
 PLATFORMS = {
     "cuda": (_triton, (*KERNELS, decode), "__gpu$xla.gpu.triton"),
     "tpu": (_tpu, KERNELS, "tpu_custom_call"),
+    "hopper": (_hopper, KERNELS, "@mosaic_gpu"),
 }
 
 
@@ -133,9 +134,11 @@ def programs():
 
     with pytest.MonkeyPatch.context() as patch:
         of_mods = remembered(_tile.mod_program)
-        for module in (_triton, _tpu, _decode):
+        for module in (_triton, _tpu, _decode, _hopper, _hopper_plan):
             patch.setattr(module, "mod_program", of_mods)
-        patch.setattr(_tile, "mask_program", remembered(_tile.mask_program))
+        of_masks = remembered(_tile.mask_program)
+        for module in (_tile, _hopper_plan):
+            patch.setattr(module, "mask_program", of_masks)
         yield
 
 
@@ -152,11 +155,15 @@ def count(platform: str, kernels: Any, mod: str, mask: str, options: dict[str, A
     def run(q: Any, k: Any) -> Any:
         inputs = make_inputs(q, k, k, **options)
         inputs = dataclasses.replace(inputs, score_mod=prepared(mod), mask=MASKS[mask])
-        return [kernel(module, inputs, jnp.zeros((HEADS, SEQ))) for kernel in kernels]
+        return [kernel(module, tuning, inputs, jnp.zeros((HEADS, SEQ))) for kernel in kernels]
 
+    hopper = platform == "hopper"
+    tuning = Tuning(HopperTiles(64)) if hopper else Tuning()
+    arrays = (x.astype(jnp.bfloat16) if hopper else x for x in (Q, K))
     with gpu():
-        traced = jax.jit(run).trace(Q, K)
-        return traced.lower(lowering_platforms=(platform,)).as_text().count(call)
+        traced = jax.jit(run).trace(*arrays)
+        lowered = traced.lower(lowering_platforms=("cuda" if hopper else platform,))
+    return lowered.as_text().count(call)
 
 
 def pairs() -> Iterator[Any]:
@@ -166,7 +173,7 @@ def pairs() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("mod", "mask", "turn"), list(pairs()))
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_every_kernel_is_lowered(platform, mod, mask, turn, request):
     _, kernels, _ = PLATFORMS[platform]
     options = {}
@@ -183,3 +190,26 @@ def test_every_kernel_is_lowered(platform, mod, mask, turn, request):
     for kernel in kernels:
         with pytest.raises(NotImplementedError, match="|".join(refusals)):
             count(platform, [kernel], mod, mask, options)
+
+
+def of_hopper() -> Iterator[Any]:
+    for i, mod in enumerate(MODS):
+        yield pytest.param(mod, "causal", i, id=mod)
+    for i, mask in enumerate(MASKS):
+        yield pytest.param("none", mask, i, id=mask)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs JAX 0.11, and this is older")
+@pytest.mark.parametrize(("mod", "mask", "turn"), list(of_hopper()))
+def test_kernels_for_hopper_gpus_are_lowered_where_there_are_any(mod, mask, turn):
+    options = {}
+    if turn % 2:
+        options = {"sinks": jnp.ones(HEADS), "dropout_rate": 0.1, "dropout_key": jr.key(0)}
+    kernels = KERNELS if mod != "none" else [KERNELS[turn % 4]]
+    inputs = dataclasses.replace(make_inputs(Q, K, K), score_mod=prepared(mod), mask=MASKS[mask])
+    if _hopper_plan.takes(inputs):
+        assert count("hopper", kernels, mod, mask, options) == len(kernels)
+        return
+    for kernel in kernels:
+        with pytest.raises(NotImplementedError, match=r"for every pair|Unimplemented primitive"):
+            count("hopper", [kernel], mod, mask, options)

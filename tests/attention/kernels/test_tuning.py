@@ -9,7 +9,7 @@ import pytest
 import eqx_transformer.attention as attn
 from eqx_transformer.attention._inputs import make_inputs
 from eqx_transformer.attention._kernels import _tuning
-from eqx_transformer.attention._kernels._tuning import Measured, Tiles, Tuning
+from eqx_transformer.attention._kernels._tuning import HopperTiles, Measured, Tiles, Tuning
 
 KERNELS = ("forward", "tangent", "transpose_q", "transpose_kv", "decode")
 
@@ -85,3 +85,25 @@ def test_the_user_is_asked_first(gpu, tmp_path, monkeypatch):
         given = inputs(mask=attn.Causal(), block_size=size)
         tiles = Tuning()("forward", given, False)
         assert tiles == mine.tiles._replace(block_q=tile, block_kv=tile)
+
+
+def test_kernels_for_hopper_gpus_are_used_where_they_were_faster(gpu, tmp_path, monkeypatch):
+    file = tmp_path / "tiles.json"
+    file.write_text(json.dumps([ROW._replace(tiles=HopperTiles(128, 3))._asdict()]))
+    monkeypatch.setenv("EQX_TRANSFORMER_TILES", str(file))
+    monkeypatch.setattr(_tuning, "HOPPER", True)
+
+    def chosen(kernel, given, takes=True):
+        return Tuning().hopper(kernel, given, lambda: takes, asked=False)
+
+    given = inputs(mask=attn.Causal())
+    assert chosen("forward", given) == HopperTiles(128, 3)
+    # Not where they were not measured, cannot be used, or tiles of a size are asked for.
+    assert chosen("tangent", given) is None
+    assert chosen("forward", inputs(mask=attn.Causal(), seq=100, dtype=jnp.float16)) is None
+    assert chosen("forward", given, takes=False) is None
+    assert chosen("forward", inputs(mask=attn.Causal(), block_size=64)) is None
+    default = _tuning.default_tiles("forward", given, "none")
+    assert Tuning()("forward", given, False) == default
+    monkeypatch.setattr(_tuning, "HOPPER", False)
+    assert chosen("forward", given) is None
