@@ -9,10 +9,14 @@ import jax.random as jr
 import pytest
 from jaxtyping import PRNGKeyArray, install_import_hook
 
-# Nearly all the time goes into compiling programs that run once, so XLA may leave them slower than
-# it could; that halves the time. With `XLA_FLAGS=` (empty, or anything else) the tests compile as
+# Nearly all the time goes into compiling programs that run once, so LLVM may leave them as slow as
+# they are, each in one piece. With `XLA_FLAGS=` (empty, or anything else) the tests compile as
 # users do, and one step of continuous integration does that.
-_QUICK = ["--xla_backend_optimization_level=1", "--xla_llvm_disable_expensive_passes=true"]
+_QUICK = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
 if version("jaxlib").startswith("0.10."):
     _QUICK.append("--xla_cpu_use_fusion_emitters=false")  # gone from later versions
 os.environ.setdefault("XLA_FLAGS", " ".join(_QUICK))
