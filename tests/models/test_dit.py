@@ -1,6 +1,7 @@
 """The diffusion transformer: every field, conditioning, derivatives; blocks with a condition."""
 
 import dataclasses
+import functools
 
 import equinox as eqx
 import jax
@@ -46,6 +47,7 @@ def run(model, image, time, label, key=None):
     return model(image, time, label, key=key)
 
 
+@functools.cache
 def program(config):
     model = eqx.filter_eval_shape(DiT, config, key=jr.key(0))
     image = jnp.ones((config.num_channels, 4, 4))

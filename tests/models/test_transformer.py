@@ -65,6 +65,7 @@ def run(kind, config):
     return _compiled(kind, build(kind, config))
 
 
+@functools.cache
 def program(kind, config):
     """What a model computes, and from which parameters; nothing is built or run."""
     model = eqx.filter_eval_shape(build, kind, config)

@@ -49,6 +49,7 @@ def run(config):
     return _compiled(build(config), IMAGE)
 
 
+@functools.cache
 def program(config):
     """What a model computes, and from which parameters; nothing is built or run."""
     model = eqx.filter_eval_shape(VisionTransformer, config, key=jr.key(0))
