@@ -394,10 +394,9 @@ def dropout_factor(case: Case) -> Any:
     return np.asarray(inputs.dropout(*index), np.float64)
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], level: int = 0) -> Callable[..., Any]:
     """`jax.jit` for code that runs once: compiling it fast matters, running it fast does not."""
-    # At level 0 some second derivatives are NaN with jaxlib 0.10.2, though no operation gives one.
-    options = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
+    options = {"xla_backend_optimization_level": level, "xla_llvm_disable_expensive_passes": True}
     return jax.jit(function, compiler_options=options)
 
 
