@@ -15,9 +15,8 @@ import eqx_transformer.attention as attn
 from eqx_transformer.attention._inputs import make_inputs
 from eqx_transformer.attention._kernels import pallas
 from eqx_transformer.attention._kernels._block_map import span
-from eqx_transformer.attention._kernels._decode import takes
 from eqx_transformer.attention._kernels._passes import kernel_passes
-from eqx_transformer.attention._kernels._tuning import Tiles
+from eqx_transformer.attention._kernels._tuning import Tiles, decodes
 from eqx_transformer.attention._paged import PagedKV
 from eqx_transformer.attention._reference import reference
 from eqx_transformer.nn import Attention, KVCache
@@ -75,7 +74,7 @@ def run(problem: Problem, passes: Any, args: Any, moved: Any, pulled: Any) -> An
 @pytest.mark.parametrize("problem", marked(PROBLEMS))
 def test_value(problem):
     args = problem.args()
-    assert takes(make_inputs(args["q"], args["k"], args["v"]))
+    assert decodes(make_inputs(args["q"], args["k"], args["v"]))
     actual = compiled(functools.partial(problem.run, SMALL))(args)
     assert actual[0].dtype == problem.dtype and actual[1].dtype == jnp.float32
     assert_close(
@@ -99,8 +98,8 @@ def test_derivatives_are_those_of_the_other_passes(name):
 @pytest.mark.parametrize("heads", [(8, 2), (16, 1)])
 def test_more_rows_than_a_tile_has_are_for_the_other_kernel(heads):
     q, k = jnp.zeros((4, heads[0], 16)), jnp.zeros((20, heads[1], 16))
-    assert takes(make_inputs(q[:1], k, k))
-    assert takes(make_inputs(q, k, k)) == (heads == (8, 2))
+    assert decodes(make_inputs(q[:1], k, k))
+    assert decodes(make_inputs(q, k, k)) == (heads == (8, 2))
 
 
 def test_tiles_that_are_not_visited():

@@ -13,7 +13,7 @@ import eqx_transformer.attention as attn
 from eqx_transformer.attention._inputs import make_inputs
 from eqx_transformer.attention._kernels import _passes
 from eqx_transformer.attention._kernels._passes import kernel_passes
-from eqx_transformer.attention._kernels._tuning import HOPPER, HopperTiles
+from eqx_transformer.attention._kernels._tuning import HOPPER, HopperTiles, Measured
 from eqx_transformer.attention._kernels._unrolled import NoKernelError
 from eqx_transformer.attention._reference import reference
 
@@ -211,12 +211,25 @@ def test_what_is_interpreted_is_lowered_with_64_bits_enabled(name, x64):
         ((128, 128), "bfloat16", 4),
         ((192, 128), "bfloat16", 1),
         ((256, 256), "bfloat16", 1),
+        ((192, 256), "bfloat16", 1),
         ((128, 128), "float32", 0),
     ],
 )
 def test_kernels_by_size_of_head_and_dtype(dims, dtype, count):
     problem = Problem("sizes", 512, 512, 8, 2, *dims, mask=CAUSAL, dtype=jnp.dtype(dtype))
     assert kernels(problem) == (count, 4 - count)
+
+
+@needs_mosaic
+def test_few_queries_are_decoded_by_the_kernel_for_that(monkeypatch):
+    row = Measured("GPU", "forward", "bfloat16", 16, 4096, "full", "none", HopperTiles(64))
+    monkeypatch.setattr("eqx_transformer.attention._kernels._tuning._of_device", lambda: [row])
+    for passes in (PASSES, kernel_passes()):
+        # Forward; the backward pass of few queries is that of many.
+        few, many = (Problem("few", n, 4096, dtype=jnp.bfloat16) for n in (1, 40))
+        of_passes = (3, 1) if passes is PASSES else (0, 4)
+        assert kernels(few, passes) == of_passes
+        assert kernels(many, passes) == ((4, 0) if passes is PASSES else (1, 3))
 
 
 @needs_mosaic

@@ -97,7 +97,7 @@ class Case:
         def one(q: Any, k: Any, v: Any, dout: Any, lse: Any, delta: Any) -> Any:
             inputs = self.inputs(q, k, v)
             if self.kernel == "decode":
-                return _decode.decode(inputs, tuning)
+                return _decode.forward(inputs, tuning)
             if self.kernel == "forward":
                 return kernels.forward(inputs, tuning)
             if self.kernel == "tangent":

@@ -8,7 +8,7 @@ single sequence: what a sequence gives does not depend on what else is in a batc
 Keys are read where they are, in a cache that has heads first or in pages.
 """
 
-from typing import Any, Final
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +21,9 @@ from ._triton import attended, call_kernel, normalised, nothing_seen
 from ._triton_memory import load, store, store_stat
 from ._tuning import Tuning, padded
 
-MAX_ROWS: Final = 16
-"""As many rows as the smallest product of tiles has."""
 
-
-def takes(inputs: Inputs) -> bool:
-    """Whether there are few enough queries."""
-    return inputs.q_seq * (inputs.heads // inputs.kv_heads) <= MAX_ROWS
-
-
-def decode(inputs: Inputs, tuning: Tuning) -> tuple[Any, Any]:
-    """The output, and the log-sum-exp as `[q_seq, heads]`."""
+def forward(inputs: Inputs, tuning: Tuning) -> tuple[Any, Any]:
+    """The output, and the log-sum-exp as `[heads, q_seq]`."""
     frame, operands = prepare(inputs, "decode", tuning, mod_program(inputs))
     source = inputs.source or Source(inputs.q, inputs.k, inputs.v)
     k, k_spec = _in_place(source.k, source.page_table)
@@ -61,7 +53,7 @@ def decode(inputs: Inputs, tuning: Tuning) -> tuple[Any, Any]:
         return x.swapaxes(1, 2).reshape(-1, frame.q_seq, frame.heads, *x.shape[4:])
 
     out, lse = _added_up(unfolded(out), unfolded(lse), inputs.sinks)
-    return out.astype(frame.dtype), lse
+    return out.astype(frame.dtype), lse.T
 
 
 def _tiles_of_program(frame: Frame) -> int:

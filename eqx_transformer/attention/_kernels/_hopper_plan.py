@@ -25,9 +25,12 @@ COMPUTING: Final = 2
 _POSITIONS: Final = frozenset(("q_pos", "kv_pos"))
 _MISSING: Final = frozenset(
     "acos acosh asin asinh atan atanh cbrt ceil cosh erf_inv expm1 floor log1p population_count "
-    "pow sinh tan".split()
+    "pow sinh tan cos sin".split()
 )
-"""Operations that are known for other platforms, and not for this one."""
+"""Operations that are known for other platforms, and not for this one.
+
+Those at the end are, but of large numbers, such as distances, they are not to be relied upon.
+"""
 
 
 def takes(inputs: Inputs) -> bool:

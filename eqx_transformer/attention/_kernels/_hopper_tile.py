@@ -128,6 +128,15 @@ class _Program:
         """How many heads of queries the program works for."""
         return self.plan.frame.group if self.plan.by_column else 1
 
+    @property
+    def line(self) -> Any:
+        """Which tile of the side a program keeps.
+
+        Rows are begun with the last, as those of a causal mask take the longest.
+        """
+        line = lax.axis_index("lines")
+        return line if self.plan.by_column else self.plan.grid[1] - 1 - line
+
     def head(self, member: Any) -> Any:
         """That of the queries."""
         return lax.axis_index("heads") * self.members + member
@@ -135,7 +144,7 @@ class _Program:
     def index(self, n: Any) -> Any:
         """That of the first token of the line's `n`-th tile."""
         if len(self.lists) > 2:
-            n = self.lists[2][lax.axis_index("lines"), n]
+            n = self.lists[2][self.line, n]
         return n * self.plan.block
 
     def slot(self, t: Any) -> Any:
@@ -145,7 +154,7 @@ class _Program:
     def fetch(self) -> None:
         """Fetches tiles."""
         plgpu.set_max_registers(24, action="decrease")
-        plan, live = self.plan, self.lists[1][lax.axis_index("lines")]
+        plan, live = self.plan, self.lists[1][self.line]
 
         def of_member(member: Any) -> None:
             head = self.head(member)
@@ -182,7 +191,7 @@ class _Program:
     ) -> None:
         """Computes the rows of one warpgroup."""
         plgpu.set_max_registers(240, action="increase")
-        me, line, head = (lax.axis_index(x) for x in ("warpgroup", "lines", "heads"))
+        me, head, line = lax.axis_index("warpgroup"), lax.axis_index("heads"), self.line
         first = line * (ROWS * COMPUTING) + me * ROWS
         kept = {name: room.at[me] for name, room in self.shared["own"].items()}
         arrived = self.shared["own ready"].at[me]

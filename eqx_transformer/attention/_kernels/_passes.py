@@ -16,7 +16,7 @@ from .._chunked import chunked
 from .._derivatives import Output, Passes, Tangents
 from .._inputs import Inputs
 from ._launch import by_platform
-from ._tuning import HopperTiles, Kernel, Tiles, Tuning
+from ._tuning import HopperTiles, Kernel, Tiles, Tuning, decodes
 from ._unrolled import NoKernelError
 
 Platform = Literal["cuda", "hopper", "tpu"]
@@ -84,7 +84,10 @@ class _Kernels:
 
                 return run(kernels, Tuning(tiles), inputs, *args)
             try:
-                from . import _triton as kernels
+                if kernel == "decode":
+                    from . import _decode as kernels
+                else:
+                    from . import _triton as kernels
             except ImportError as error:
                 if platform == "cuda":
                     reason = "needs Pallas for Triton on this GPU, which this version of JAX lacks"
@@ -121,16 +124,13 @@ class _Forward:
         if _chunked_instead(inputs):
             return chunked.forward(inputs)
 
-        def run(kernels: Any, tuning: Tuning, inputs: Inputs) -> Output:
-            if kernels.__name__.endswith("_triton"):
-                from . import _decode
+        kernel: Kernel = "decode" if decodes(inputs) else "forward"
 
-                if _decode.takes(inputs):
-                    return _decode.decode(inputs, tuning)
+        def run(kernels: Any, tuning: Tuning, inputs: Inputs) -> Output:
             out, lse = kernels.forward(inputs, tuning)
             return out, lse.T
 
-        return self.kernels("forward", run, (_output(inputs), _statistics(inputs)), inputs)
+        return self.kernels(kernel, run, (_output(inputs), _statistics(inputs)), inputs)
 
 
 @eqx.filter_custom_jvp

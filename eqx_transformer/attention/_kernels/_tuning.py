@@ -73,6 +73,12 @@ _MAX_BLOCK: Final = 128
 """Greater tiles do not fit registers."""
 
 
+def decodes(inputs: Inputs) -> bool:
+    """Whether queries are so few that the forward pass is the kernel for decoding."""
+    # As many rows as the smallest product of tiles has.
+    return inputs.q_seq * (inputs.heads // inputs.kv_heads) <= 16
+
+
 @dataclasses.dataclass(frozen=True)
 class Tuning:
     """Tiles for every kernel: the given ones, or those that suit the inputs."""
@@ -109,7 +115,9 @@ class Tuning:
         """
         if self.fixed is not None:
             return self.fixed if isinstance(self.fixed, HopperTiles) else None
-        known = any(isinstance(row.tiles, HopperTiles) for row in _of_device())
+        # Tiles that were measured with other sizes may not fit.
+        even = inputs.q.shape[-1] == inputs.v.shape[-1]
+        known = even and any(isinstance(row.tiles, HopperTiles) for row in _of_device())
         if inputs.block_size is not None or not (asked or known) or not takes():
             return None
         tiles = measured_tiles(kernel, inputs, mod_kind(inputs, looks_up_pairs=False))
@@ -186,7 +194,9 @@ def default_hopper_tiles(kernel: Kernel, inputs: Inputs) -> HopperTiles | None:
     if not HOPPER or kernel == "decode" or inputs.q.dtype.itemsize != 2:
         return None
     if _dim(inputs) > 128:
-        return HopperTiles(64) if kernel == "forward" else None
+        # Where queries and values differ, the output has no place of theirs to pass through.
+        stages = 2 if inputs.q.shape[-1] == inputs.v.shape[-1] else 1
+        return HopperTiles(64, stages) if kernel == "forward" else None
     return HopperTiles(128 if kernel == "forward" else 64)
 
 

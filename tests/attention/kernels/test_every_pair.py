@@ -105,7 +105,7 @@ def transpose_kv(kernels: Any, tuning: Tuning, inputs: Inputs, stat: Any) -> Any
 
 def decode(kernels: Any, tuning: Tuning, inputs: Inputs, stat: Any) -> Any:
     few = dataclasses.replace(inputs, q=inputs.q[:2], q_positions=POSITIONS[-2:], source=None)
-    return _decode.decode(few, tuning)
+    return _decode.forward(few, tuning)
 
 
 KERNELS = (forward, tangent, transpose_q, transpose_kv)
