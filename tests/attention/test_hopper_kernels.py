@@ -185,6 +185,8 @@ def curved(score: Any, q_pos: Any, kv_pos: Any, head: Any) -> Any:
 # Of every other mask and score mod: `kernels/test_every_pair.py`.
 LOWERED = [*(NAMED[x] for x in ("plain", "causal_mqa", "dense", "closure", "expression"))]
 LOWERED.append(Problem("curved", mod=curved))
+OTHERS = ("dense", "curved", "closure")
+"""What looks something up for every pair, lacks an operation, or takes sines of distances."""
 
 
 @needs_mosaic
@@ -193,7 +195,7 @@ def test_whose_kernels_run_depends_on_score_mod_and_mask(problem):
     found = kernels(dataclasses.replace(problem, dtype=jnp.bfloat16))
     # A closure is another function each time it is passed, so it has two forward kernels.
     count = 5 if problem.name == "closure" else 4
-    assert found == ((0, count) if problem.name in ("dense", "curved") else (count, 0))
+    assert found == ((0, count) if problem.name in OTHERS else (count, 0))
 
 
 @needs_mosaic

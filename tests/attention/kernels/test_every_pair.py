@@ -207,7 +207,8 @@ def test_kernels_for_hopper_gpus_are_lowered_where_there_are_any(mod, mask, turn
         options = {"sinks": jnp.ones(HEADS), "dropout_rate": 0.1, "dropout_key": jr.key(0)}
     kernels = KERNELS if mod != "none" else [KERNELS[turn % 4]]
     inputs = dataclasses.replace(make_inputs(Q, K, K), score_mod=prepared(mod), mask=MASKS[mask])
-    if _hopper_plan.takes(inputs):
+    # The sine of the closure is known there, but not relied upon.
+    if _hopper_plan.takes(inputs) or mod == "closure":
         assert count("hopper", kernels, mod, mask, options) == len(kernels)
         return
     for kernel in kernels:
