@@ -49,9 +49,15 @@ class Case:
     dropout_rate: float = 0.0
     decode: str = ""
     """"", "cache" or "pages"."""
+    group: int = 1
+    """How many heads of queries share one of keys. Where it decodes, it is always four."""
 
     def __str__(self) -> str:
-        extra = [self.decode, f"dropout {self.dropout_rate}" if self.dropout_rate else ""]
+        extra = [
+            self.decode,
+            f"dropout {self.dropout_rate}" if self.dropout_rate else "",
+            f"groups of {self.group}" if self.group > 1 else "",
+        ]
         parts = [
             self.dtype,
             f"D{self.head_dim}",
@@ -77,6 +83,9 @@ def default_cases() -> list[Case]:
     others = [
         Case("bfloat16", 128, "causal", "none", 0.1),
         Case("bfloat16", 128, "window"),
+        Case("bfloat16", 128, group=4),
+        Case("bfloat16", 128, "documents", group=4),
+        Case("bfloat16", 128, "causal", "none", 0.1, group=4),
         Case("bfloat16", 80),
         Case("bfloat16", 256),
         Case("bfloat16", 256, "documents", "relative"),
@@ -182,8 +191,8 @@ def program(
         tangent = jax.jvp(lambda *x: forward(*x, ids), (q, k, v), (q, k, v))[1]
         return out, tangent, pull(dout)
 
-    x = array(seq, HEADS, case.head_dim)
-    return all_four, [x, x, x, number(seq), x]
+    q, k = (array(seq, HEADS // group, case.head_dim) for group in (1, case.group))
+    return all_four, [q, k, k, number(seq), q]
 
 
 def _ptxas() -> str:

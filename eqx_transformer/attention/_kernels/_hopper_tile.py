@@ -147,6 +147,11 @@ class _Program:
             n = self.lists[2][self.line, n]
         return n * self.plan.block
 
+    def rows(self, warpgroup: Any) -> tuple[dict[str, Any], Any]:
+        """Where a warpgroup's rows are in shared memory, and the index of the first of them."""
+        kept = {name: room.at[warpgroup] for name, room in self.shared["own"].items()}
+        return kept, self.line * (ROWS * COMPUTING) + warpgroup * ROWS
+
     def slot(self, t: Any) -> Any:
         """Where the `t`-th tile of the program is in shared memory."""
         return lax.rem(t, jnp.int32(self.plan.tiles.stages))
@@ -192,8 +197,7 @@ class _Program:
         """Computes the rows of one warpgroup."""
         plgpu.set_max_registers(240, action="increase")
         me, head, line = lax.axis_index("warpgroup"), lax.axis_index("heads"), self.line
-        first = line * (ROWS * COMPUTING) + me * ROWS
-        kept = {name: room.at[me] for name, room in self.shared["own"].items()}
+        plan, (kept, first) = self.plan, self.rows(me)
         arrived = self.shared["own ready"].at[me]
         for name, room in kept.items():
             plgpu.copy_gmem_to_smem(
@@ -208,12 +212,16 @@ class _Program:
             of_head = tile.of(self.head(member))
 
             def body(masked: bool, n: Any, state: Any) -> Any:
-                slot = self.slot(member * live + n)
-                return step(of_head.at(slot, self.index(n), masked), state)
+                tile = of_head.at(self.slot(member * live + n), self.index(n), masked)
+                if plan.by_column:
+                    # Registers are scarce: recomputing where the rows are avoids spills.
+                    kept, first = self.rows(lax.axis_index("warpgroup"))
+                    tile = dataclasses.replace(tile, kept=kept, row=first)
+                return step(tile, state)
 
-            if self.plan.frame.loops.any_full:
+            if plan.frame.loops.any_full:
                 state = lax.fori_loop(0, full, partial(body, False), state)
-            if self.plan.frame.loops.any_masked:
+            if plan.frame.loops.any_masked:
                 state = lax.fori_loop(full, live, partial(body, True), state)
             return state
 
@@ -221,6 +229,8 @@ class _Program:
             state = lax.fori_loop(0, self.members, of_member, state)
         else:
             state = of_member(0, state)
+        me = lax.axis_index("warpgroup")  # Recomputed, as for each tile.
+        kept, first = self.rows(me)
         rooms = {name: room.at[me] for name, room in self.shared["out"].items()}
         rooms |= {name: kept[where] for name, where in staged.items()}
         for name, value in finish(state).items():
