@@ -44,8 +44,8 @@ def _calls():
     yield "bfloat16, float16", _inputs(), False
     yield "float32", _inputs(jnp.float32), False
     yield "grouped queries", _inputs(kv_heads=1), False
-    yield "head_dim that is no multiple of 8", _inputs(head_dim=12, v_dim=12), False
-    yield "v_dim other than head_dim", _inputs(v_dim=24), False
+    yield "head_dim not a multiple of 8", _inputs(head_dim=12, v_dim=12), False
+    yield "v_dim different from head_dim", _inputs(v_dim=24), False
     yield "more keys than queries", _inputs(q_seq=10), False
     yield "odd lengths", _inputs(q_seq=9), False
     masks = {
