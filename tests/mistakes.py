@@ -16,18 +16,37 @@ import jax.random as jr
 from jax.sharding import AxisType
 
 from eqx_transformer.attention import Causal, Dense, Padding, Segments, dot_product_attention
-from eqx_transformer.generation import beam_search, generate
+from eqx_transformer.generation import PagedCache, beam_search, generate
 from eqx_transformer.inspection import capture
 from eqx_transformer.interop import load, load_pretrained, save
 from eqx_transformer.models import (
+    CLIP,
+    UPT,
+    AnchorTransformer,
+    AnchorTransformerConfig,
+    CLIPConfig,
+    DeBERTa,
+    DeBERTaConfig,
+    DiT,
+    DiTConfig,
     EncoderDecoder,
     Llama,
     LlamaConfig,
+    SequenceClassifier,
+    TextTower,
+    TokenClassifier,
+    TokenEmbedding,
     TransformerConfig,
     TransformerDecoder,
     TransformerEncoder,
+    Transolver,
+    TransolverConfig,
+    UPTConfig,
     VisionTransformer,
     ViTConfig,
+    Whisper,
+    WhisperConfig,
+    pool,
 )
 from eqx_transformer.nn import Attention
 from eqx_transformer.sharding import ParallelConfig, shard
@@ -57,7 +76,33 @@ tokens = jnp.arange(6)
 batch = jnp.zeros((2, 6), jnp.int32)
 x = jnp.ones((6, 16))
 q = jnp.ones((6, 4, 8))
+pages = PagedCache.init(model, num_sequences=2, num_pages=4, page_size=4)
+two_classes = eqx.Partial(SequenceClassifier, num_classes=2)
 save(model, folder / "own")
+
+bert = classic.replace(layout="post", embedding_norm=True, final_norm=False)
+clip = CLIPConfig(vision=ViTConfig(), text=classic, text_pooling="last")
+CONFIGS = {
+    AnchorTransformer: AnchorTransformerConfig(
+        num_dims=2, branches=("a", "b"), out_features=(1, 1)
+    ),
+    CLIP: clip,
+    DeBERTa: DeBERTaConfig(transformer=bert),
+    DiT: DiTConfig(),
+    EncoderDecoder: classic,
+    Llama: config,
+    SequenceClassifier: classic,
+    TextTower: clip,
+    TokenClassifier: classic,
+    TokenEmbedding: classic,
+    TransformerDecoder: classic,
+    TransformerEncoder: classic,
+    Transolver: TransolverConfig(num_features=3, out_features=1),
+    UPT: UPTConfig(num_dims=2, out_features=1),
+    VisionTransformer: ViTConfig(),
+    Whisper: WhisperConfig(transformer=classic),
+}
+"""What every model is built from."""
 
 
 def overflow():
@@ -95,7 +140,7 @@ MISTAKES = {
     # Keys
     "no key for dropout": lambda: encoder(tokens),
     "a number as key": lambda: encoder(tokens, key=0),
-    "a number as key for weights": lambda: Llama(config, key=0),
+    "no key for weights": lambda: Llama(config, key=None),
     # Masks
     "array as mask": lambda: model(tokens, mask=jnp.ones((6, 6), bool)),
     "array as mask of attention": lambda: dot_product_attention(q, q, q, mask=jnp.ones((6, 6))),
@@ -134,6 +179,9 @@ MISTAKES = {
     "generating with an encoder": lambda: generate(
         encoder, tokens, max_new_tokens=2, temperature=0.0
     ),
+    "pages for one row": lambda: pages.extend(model, tokens),
+    "one length for all rows": lambda: pages.extend(model, batch, jnp.asarray(3)),
+    "a number as rows": lambda: pages.extend(model, batch[:1], rows=0),
     "no beams": lambda: beam_search(model, tokens, max_new_tokens=2, num_beams=0),
     # Configurations
     "misspelt field": lambda: LlamaConfig(vocab_size=20, d_modle=16),
@@ -144,8 +192,12 @@ MISTAKES = {
     "num_heads and num_kv_heads": lambda: config.replace(num_kv_heads=3),
     "percent for a rate": lambda: classic.replace(dropout_rate=10),
     "field without effect": lambda: config.replace(rope_local_theta=1e4),
-    "config of another model": lambda: Llama(classic, key=key),
+    "class as config": lambda: Llama(LlamaConfig, key=key),
+    "config and key swapped": lambda: Llama(key, key=config),
     "unknown implementation": lambda: dot_product_attention(q, q, q, implementation="flash"),
+    "unknown pooling": lambda: two_classes(classic, pooling="last", key=key),
+    "unknown pooling of vectors": lambda: pool(x, how="last"),
+    "unknown transform": lambda: two_classes(classic, transform="norm", key=key),
     # Stacks
     "layer that there is not": lambda: model.stack[7],
     "calling a layer of a stack": lambda: model.stack.blocks(x),
@@ -171,6 +223,17 @@ MISTAKES = {
     "unknown mesh axis": lambda: shard(model, mesh("model")),
     "unknown value to capture": lambda: capture(model, "logits"),
 }
+
+
+def build(model, config, key):
+    return (two_classes if model is SequenceClassifier else model)(config, key=key)
+
+
+for model_class, own in CONFIGS.items():
+    other = classic if model_class is Llama else config
+    name = model_class.__name__
+    MISTAKES[f"{name} of another config"] = eqx.Partial(build, model_class, other, key)
+    MISTAKES[f"{name} of a number as key"] = eqx.Partial(build, model_class, own, 0)
 
 
 def made() -> dict[str, tuple[str, str]]:

@@ -1,12 +1,16 @@
 """What a person sees after a mistake: what is wrong, where, the numbers, and what to do."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import pytest
+
+from eqx_transformer import models
 
 SCRIPT = Path(__file__).parent / "mistakes.py"
 
@@ -106,9 +110,9 @@ MESSAGES = {
         "ValueError",
         "TransformerEncoder: key=0 is a number; use jax.random.key(0).",
     ),
-    "a number as key for weights": (
+    "no key for weights": (
         "ValueError",
-        "Llama: key=0 is a number; use jax.random.key(0).",
+        "Llama: key is a NoneType; make one, e.g. with jax.random.key(0).",
     ),
     # Masks
     "array as mask": (
@@ -218,6 +222,19 @@ MESSAGES = {
         "generate: TransformerEncoder has no init_cache and extend, so it cannot go on with a"
         " text; use a decoder, such as Llama.",
     ),
+    "pages for one row": (
+        "ValueError",
+        "PagedCache: tokens has shape (6,) but must be [batch, seq]; tokens[:, None] for one token "
+        "of every row, tokens[None] and rows= for one row.",
+    ),
+    "one length for all rows": (
+        "ValueError",
+        "PagedCache: length has shape () for the tokens of 2 rows; give one number for each.",
+    ),
+    "a number as rows": (
+        "ValueError",
+        "PagedCache: rows has shape () for the tokens of 1 rows; give one number for each.",
+    ),
     "no beams": (
         "ValueError",
         "beam_search: num_beams=0 must be at least 1.",
@@ -256,14 +273,30 @@ MESSAGES = {
         "ValueError",
         "LlamaConfig: rope_local_theta=10000.0 has no effect, because there are no sliding layers.",
     ),
-    "config of another model": (
+    "class as config": (
         "ValueError",
-        "Llama: config is a TransformerConfig but must be a LlamaConfig.",
+        "Llama: config is the class LlamaConfig but must be a LlamaConfig.",
+    ),
+    "config and key swapped": (
+        "ValueError",
+        "Llama: config is a PRNGKeyArray but must be a LlamaConfig.",
     ),
     "unknown implementation": (
         "ValueError",
         "attention: implementation='flash' is not one of ('reference', 'chunked', 'cudnn', "
         "'pallas').",
+    ),
+    "unknown pooling": (
+        "ValueError",
+        "SequenceClassifier: pooling='last' must be 'first', 'mean' or 'pooler'.",
+    ),
+    "unknown pooling of vectors": (
+        "ValueError",
+        "pool: how='last' must be 'first' or 'mean'.",
+    ),
+    "unknown transform": (
+        "ValueError",
+        "transform='norm' is not one of ('none', 'linear', 'linear_norm').",
     ),
     # Stacks
     "layer that there is not": (
@@ -340,6 +373,37 @@ MESSAGES = {
     ),
 }
 
+CONFIGS = {
+    "AnchorTransformer": "AnchorTransformerConfig",
+    "CLIP": "CLIPConfig",
+    "DeBERTa": "DeBERTaConfig",
+    "DiT": "DiTConfig",
+    "EncoderDecoder": "TransformerConfig",
+    "Llama": "LlamaConfig",
+    "SequenceClassifier": "TransformerConfig",
+    "TextTower": "CLIPConfig",
+    "TokenClassifier": "TransformerConfig",
+    "TokenEmbedding": "TransformerConfig",
+    "TransformerDecoder": "TransformerConfig",
+    "TransformerEncoder": "TransformerConfig",
+    "Transolver": "TransolverConfig",
+    "UPT": "UPTConfig",
+    "VisionTransformer": "ViTConfig",
+    "Whisper": "WhisperConfig",
+}
+"""What every model is built from."""
+
+for model, kind in CONFIGS.items():
+    other = "TransformerConfig" if model == "Llama" else "LlamaConfig"
+    MESSAGES[f"{model} of another config"] = (
+        "ValueError",
+        f"{model}: config is a {other} but must be a {kind}.",
+    )
+    MESSAGES[f"{model} of a number as key"] = (
+        "ValueError",
+        f"{model}: key=0 is a number; use jax.random.key(0).",
+    )
+
 
 @pytest.fixture(scope="module")
 def seen() -> dict[str, list[str]]:
@@ -354,6 +418,14 @@ def seen() -> dict[str, list[str]]:
 
 def test_every_mistake_is_here(seen):
     assert list(seen) == list(MESSAGES)
+
+
+def test_every_model_with_a_config_is_here():
+    modules = [
+        x for x in vars(models).values() if isinstance(x, type) and issubclass(x, eqx.Module)
+    ]
+    built = {x.__name__ for x in modules if "config" in inspect.signature(x).parameters}
+    assert built == set(CONFIGS)
 
 
 @pytest.mark.parametrize("name", MESSAGES)

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from ..nn import KVCache, truncate
@@ -125,16 +126,28 @@ class PagedCache(eqx.Module):
 
         Raises:
 
-        - `ValueError` if `tokens` are not for every row and `rows` is not given.
+        - `ValueError` if `tokens` is not `[batch, seq]`, `length` or `rows` is not `[batch]`, or
+            `tokens` are not for every row and `rows` is not given.
         - An error, at run time under `jax.jit`, if there are too few free pages, a sequence
             becomes longer than `max_len`, or `length` or `rows` are out of range.
         """
+        if np.ndim(tokens) != 2:
+            raise ValueError(
+                f"PagedCache: tokens has shape {np.shape(tokens)} but must be [batch, seq]; "
+                "tokens[:, None] for one token of every row, tokens[None] and rows= for one row."
+            )
         (batch, seq), num_rows = tokens.shape, self.lengths.shape[0]
         if rows is None and batch != num_rows:
             raise ValueError(
                 f"PagedCache: tokens for {batch} rows, but there are {num_rows}; pass those of "
                 "every row, or say with rows= which they are."
             )
+        for name, given in (("length", length), ("rows", rows)):
+            if given is not None and np.shape(given) != (batch,):
+                raise ValueError(
+                    f"PagedCache: {name} has shape {np.shape(given)} for the tokens of {batch} "
+                    "rows; give one number for each."
+                )
         counts = jnp.full(batch, seq, jnp.int32) if length is None else length.astype(jnp.int32)
         counts = eqx.error_if(
             counts,
@@ -142,11 +155,6 @@ class PagedCache(eqx.Module):
             f"PagedCache: length must be from 0 to the {seq} tokens of a row.",
         )
         if rows is not None:
-            if rows.shape != (batch,):
-                raise ValueError(
-                    f"PagedCache: rows has shape {rows.shape} for the tokens of {batch} rows; give "
-                    "the number of each."
-                )
             given = jnp.zeros(num_rows, jnp.int32).at[rows].add(1, mode="drop")
             rows = eqx.error_if(
                 rows,

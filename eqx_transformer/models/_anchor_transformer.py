@@ -29,7 +29,14 @@ from ..stacks import (
     Stack,
     linear_drop_path,
 )
-from ._checks import check_heads, check_not_negative, check_positive, check_rates, check_sizes
+from ._checks import (
+    check_arguments,
+    check_heads,
+    check_not_negative,
+    check_positive,
+    check_rates,
+    check_sizes,
+)
 from ._config import AbstractConfig
 from ._physics_parts import (
     ConditionEmbedding,
@@ -115,7 +122,8 @@ class AnchorTransformerConfig(AbstractConfig):
                 f"{owner}: head_dim={head_dim} must be even and at least 2 * num_dims = "
                 f"{2 * self.num_dims}: every coordinate turns pairs of features."
             )
-        if not self.branches or len(set(self.branches)) != len(self.branches):
+        named = all(self.branches) and len(set(self.branches)) == len(self.branches)
+        if not self.branches or not named:
             raise ValueError(
                 f"{owner}: branches={self.branches} must be one or more different names."
             )
@@ -178,6 +186,7 @@ class AnchorTransformer(eqx.Module):
         - `config`: the numbers.
         - `key`: for the initial weights.
         """
+        check_arguments("AnchorTransformer", config, AnchorTransformerConfig, key)
         keys = jax.random.split(key, 5)
         size, count = config.d_model, len(config.branches)
         self.config = config

@@ -9,11 +9,16 @@ from ._config import AbstractConfig
 def check_arguments(owner: str, config: Any, kind: type[Any], key: Any) -> None:
     """Checks what a model is built from."""
     if not isinstance(config, kind):
-        raise ValueError(
-            f"{owner}: config is a {type(config).__name__} but must be a {kind.__name__}."
-        )
+        given = f"a {type(config).__name__}"
+        if isinstance(config, type):
+            given = f"the class {config.__name__}"
+        raise ValueError(f"{owner}: config is {given} but must be a {kind.__name__}.")
     if isinstance(key, int):
         raise ValueError(f"{owner}: key={key} is a number; use jax.random.key({key}).")
+    if not hasattr(key, "dtype"):
+        raise ValueError(
+            f"{owner}: key is a {type(key).__name__}; make one, e.g. with jax.random.key(0)."
+        )
 
 
 def check_cache(owner: str, cache: Any, kind: type[Any]) -> None:
@@ -68,6 +73,28 @@ def check_rates(config: AbstractConfig, *names: str) -> None:
         if not 0 <= value < 1:
             raise ValueError(
                 f"{type(config).__name__}: {name}={value} must be at least 0 and below 1."
+            )
+
+
+def check_drop_path(config: AbstractConfig, num_layers: int) -> None:
+    """Checks the rate of the last layer, which is zero if it is the first as well."""
+    rate = config.to_dict()["drop_path_rate"]
+    if rate > 0 and num_layers < 2:
+        raise ValueError(
+            f"{type(config).__name__}: drop_path_rate={rate} has no effect with num_layers="
+            f"{num_layers}, because it grows from zero at the first layer; leave it out, or have "
+            "2 layers."
+        )
+
+
+def check_token_ids(config: AbstractConfig, vocab_size: int, *names: str) -> None:
+    """Checks what must be a token id, or `None`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < vocab_size:
+            raise ValueError(
+                f"{type(config).__name__}: {name}={value} must be a token id, from 0 to vocab_size "
+                f"- 1 = {vocab_size - 1}; None if there is no such token."
             )
 
 

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import equinox as eqx
 import jax
@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from .._unbatched import unbatched
 from ..attention import AbstractMask, Padding
 from ..nn import AbstractLinear, Linear
+from ._checks import check_arguments
 from ._decoder import logits
 from ._encoder import TransformerEncoder, pool
 from ._transformer_config import TransformerConfig
@@ -39,6 +40,8 @@ class HeadTransform(eqx.Module):
 def _make_transform(
     config: TransformerConfig, how: Transform, size: int, *, key: PRNGKeyArray
 ) -> HeadTransform | None:
+    if how not in get_args(Transform):
+        raise ValueError(f"transform={how!r} is not one of {get_args(Transform)}.")
     if how == "none":
         return None
     linear = Linear(config.d_model, size, use_bias=config.use_bias, key=key)
@@ -76,6 +79,11 @@ class SequenceClassifier(eqx.Module):
 
         - `ValueError` if the pooler is asked for and the configuration has none.
         """
+        check_arguments("SequenceClassifier", config, TransformerConfig, key)
+        if pooling not in ("first", "mean", "pooler"):
+            raise ValueError(
+                f"SequenceClassifier: pooling={pooling!r} must be 'first', 'mean' or 'pooler'."
+            )
         if (pooling == "pooler") != config.pooler:
             raise ValueError(
                 f"SequenceClassifier: pooling={pooling!r} and pooler={config.pooler} in the "
@@ -148,6 +156,7 @@ class TokenClassifier(eqx.Module):
         - `transform`: what comes before the last linear map: `"linear_norm"` in BERT.
         - `key`: for the initial weights.
         """
+        check_arguments("TokenClassifier", config, TransformerConfig, key)
         encoder_key, head_key, transform_key = jax.random.split(key, 3)
         tied = num_classes is None and config.tie_embeddings
         size = config.embedding_dim if tied else config.d_model

@@ -11,7 +11,7 @@ from .._precision import accumulation_dtype
 from .._unbatched import unbatched
 from ..attention import AbstractMask
 from ..nn import AbstractLinear, Linear
-from ._checks import check_sizes
+from ._checks import check_arguments, check_sizes, check_token_ids
 from ._config import AbstractConfig
 from ._encoder import encode
 from ._token_embedding import TokenEmbedding
@@ -66,6 +66,12 @@ class CLIPConfig(AbstractConfig):
                 f"CLIPConfig: vision.d_model={self.vision.d_model} must be d_embedding="
                 f"{self.d_embedding} where there is no image_projection."
             )
+        check_token_ids(self, self.text.vocab_size, "eos_token_id")
+        if self.text.pooler:
+            raise ValueError(
+                "CLIPConfig: pooler=True of the text has no effect, because text_pooling="
+                f"{self.text_pooling!r} says what stands for a text; leave it out."
+            )
         if (self.text_pooling == "eos") != (self.eos_token_id is not None):
             raise ValueError(
                 f"CLIPConfig: text_pooling={self.text_pooling!r} and eos_token_id="
@@ -87,6 +93,7 @@ class TextTower(eqx.Module):
         - `config`: the numbers.
         - `key`: for the initial weights.
         """
+        check_arguments("TextTower", config, CLIPConfig, key)
         embedding_key, stack_key = jax.random.split(key)
         text = config.text
         self.config = config
@@ -158,6 +165,7 @@ class CLIP(eqx.Module):
         - `config`: the numbers.
         - `key`: for the initial weights.
         """
+        check_arguments("CLIP", config, CLIPConfig, key)
         image_key, text_key, image_proj_key, text_proj_key = jax.random.split(key, 4)
         self.config = config
         self.image_tower = VisionTransformer(config.vision, key=image_key)

@@ -11,7 +11,7 @@ from .._unbatched import unbatched
 from ..attention import Padding
 from ..nn import Convolution, DisentangledAttention, Embedding
 from ..stacks import AbstractBlock, Stack, StackSequence, encoder_block
-from ._checks import check_sizes
+from ._checks import check_arguments, check_sizes
 from ._config import AbstractConfig
 from ._token_embedding import TokenEmbedding
 from ._transformer_config import TransformerConfig
@@ -59,6 +59,10 @@ class DeBERTaConfig(AbstractConfig):
             ("final_norm", False),
             ("use_bias", True),
             ("embedding_norm", True),
+            ("attention", "softmax"),
+            ("qk_norm", False),
+            ("drop_path_rate", 0.0),
+            ("pooler", False),
         ):
             if getattr(numbers, name) != wanted:
                 raise ValueError(
@@ -116,6 +120,7 @@ class DeBERTa(eqx.Module):
         - `config`: the numbers.
         - `key`: for the initial weights.
         """
+        check_arguments("DeBERTa", config, DeBERTaConfig, key)
         keys = jax.random.split(key, 5)
         numbers = config.transformer
         d_model = numbers.d_model

@@ -27,6 +27,7 @@ from ..nn import (
 )
 from ..stacks import Condition, Residual, Stack, TransformerBlock
 from ._checks import (
+    check_arguments,
     check_heads,
     check_image,
     check_positive,
@@ -141,6 +142,7 @@ class DiT(eqx.Module):
         - `config`: the numbers.
         - `key`: for the initial weights.
         """
+        check_arguments("DiT", config, DiTConfig, key)
         keys = jax.random.split(key, 6)
         d_model, patch_shape = config.d_model, pair(config.patch_size)
         self.config = config

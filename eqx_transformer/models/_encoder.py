@@ -147,6 +147,8 @@ def pool(
     - `valid`: which positions count, at least one; all if not given.
     - `how`: the vector of the first position, or the mean over those that count.
     """
+    if how not in ("first", "mean"):
+        raise ValueError(f"pool: how={how!r} must be 'first' or 'mean'.")
     if how == "first":
         return x[0]
     wide = x.astype(accumulation_dtype(x.dtype))

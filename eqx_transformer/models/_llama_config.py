@@ -4,7 +4,13 @@ from typing import Literal, NamedTuple
 
 from ..attention import Implementation
 from ..nn import DynamicScaling, LinearScaling, Llama3Scaling, LongRoPEScaling, YaRNScaling
-from ._checks import check_not_negative, check_positive, check_rates, check_sizes
+from ._checks import (
+    check_not_negative,
+    check_positive,
+    check_rates,
+    check_sizes,
+    check_token_ids,
+)
 from ._config import AbstractConfig
 from ._vocabulary import GATED, Activation
 
@@ -111,6 +117,11 @@ class MoEConfig(AbstractConfig):
             raise ValueError(
                 f"MoEConfig: experts_per_token={self.experts_per_token} is more than "
                 f"num_experts={self.num_experts}."
+            )
+        if any(layer < 0 for layer in self.dense_layers):
+            raise ValueError(
+                f"MoEConfig: dense_layers={self.dense_layers} counts layers from 0; none may be "
+                "negative."
             )
         if self.shared_gate and not self.num_shared_experts:
             raise ValueError("MoEConfig: shared_gate=True needs num_shared_experts of at least 1.")
@@ -332,6 +343,7 @@ class LlamaConfig(AbstractConfig):
             *("clip_qkv", "mlp_clip", "logit_soft_cap"),
         )
         check_rates(self, "dropout_rate", "embedding_dropout_rate")
+        check_token_ids(self, self.vocab_size, "document_start_id")
         if self.unroll > self.num_layers:
             raise ValueError(
                 f"LlamaConfig: unroll={self.unroll} is more than num_layers={self.num_layers}."

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ..attention import AbstractMask, Padding
 from ..nn import AbstractLinear, Embedding, LearnedPositions, Linear, SinusoidalPositions
 from ..nn._dropout import apply_dropout
+from ._checks import check_arguments
 from ._transformer_config import TransformerConfig
 from ._transformer_parts import make_norm, make_positions
 
@@ -45,6 +46,7 @@ class TokenEmbedding(eqx.Module):
         - `table`: the vectors of tokens, if they exist already.
         - `key`: for the initial weights.
         """
+        check_arguments("TokenEmbedding", config, TransformerConfig, key)
         size = config.embedding_dim
         tokens_key, positions_key, types_key, projection_key = jax.random.split(key, 4)
         if table is None:

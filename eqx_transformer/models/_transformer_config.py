@@ -3,7 +3,14 @@ from typing import Literal, NamedTuple
 
 from ..attention import Implementation
 from ..stacks import Layout
-from ._checks import check_not_negative, check_positive, check_rates, check_sizes
+from ._checks import (
+    check_drop_path,
+    check_not_negative,
+    check_positive,
+    check_rates,
+    check_sizes,
+    check_token_ids,
+)
 from ._config import AbstractConfig
 from ._llama_config import LayerType
 from ._vocabulary import Activation
@@ -198,13 +205,8 @@ class TransformerConfig(AbstractConfig):
             "expert_capacity_factor",
         )
         check_rates(self, "dropout_rate", "drop_path_rate")
-        for name in ("pad_token_id", "uncounted_token_id"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < self.vocab_size:
-                raise ValueError(
-                    f"TransformerConfig: {name}={value} must be a token id, from 0 to vocab_size - "
-                    f"1 = {self.vocab_size - 1}; None if there is no such token."
-                )
+        check_drop_path(self, max(self.num_layers, self.num_decoder_layers or 1))
+        check_token_ids(self, self.vocab_size, "pad_token_id", "uncounted_token_id")
         if self.cache_max_len is not None and self.cache_max_len > self.max_len:
             raise ValueError(
                 f"TransformerConfig: cache_max_len={self.cache_max_len} is more than "

@@ -15,7 +15,15 @@ from ..nn import (
     SliceAttention,
 )
 from ..stacks import Condition, Stack, TransformerBlock, linear_drop_path
-from ._checks import check_heads, check_not_negative, check_positive, check_rates, check_sizes
+from ._checks import (
+    check_arguments,
+    check_drop_path,
+    check_heads,
+    check_not_negative,
+    check_positive,
+    check_rates,
+    check_sizes,
+)
 from ._config import AbstractConfig
 from ._physics_parts import ConditionEmbedding, condition_vector, pre_norm_block
 from ._vocabulary import REMAT
@@ -75,6 +83,7 @@ class TransolverConfig(AbstractConfig):
         )
         check_positive(self, "norm_eps", "layer_scale")
         check_rates(self, "dropout_rate", "drop_path_rate")
+        check_drop_path(self, self.num_layers)
         check_not_negative(self, "num_conditions")
         check_heads(self, None, None)
 
@@ -100,6 +109,7 @@ class Transolver(eqx.Module):
         - `config`: the numbers.
         - `key`: for the initial weights.
         """
+        check_arguments("Transolver", config, TransolverConfig, key)
         keys = jax.random.split(key, 5)
         size = config.d_model
         self.config = config

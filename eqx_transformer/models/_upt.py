@@ -18,7 +18,15 @@ from ..nn import (
     SupernodePooling,
 )
 from ..stacks import Condition, Source, Stack, TransformerBlock, linear_drop_path
-from ._checks import check_heads, check_not_negative, check_positive, check_rates, check_sizes
+from ._checks import (
+    check_arguments,
+    check_drop_path,
+    check_heads,
+    check_not_negative,
+    check_positive,
+    check_rates,
+    check_sizes,
+)
 from ._config import AbstractConfig
 from ._physics_parts import (
     ConditionEmbedding,
@@ -87,6 +95,7 @@ class UPTConfig(AbstractConfig):
         check_not_negative(self, "num_features", "num_conditions")
         check_positive(self, "radius", "wavelength_base", "norm_eps", "layer_scale")
         check_rates(self, "dropout_rate", "drop_path_rate")
+        check_drop_path(self, self.num_layers)
         check_heads(self, None, None)
 
 
@@ -115,6 +124,7 @@ class UPT(eqx.Module):
         - `config`: the numbers.
         - `key`: for the initial weights.
         """
+        check_arguments("UPT", config, UPTConfig, key)
         keys = jax.random.split(key, 6)
         size, remat = config.d_model, REMAT[config.remat]
         self.config = config

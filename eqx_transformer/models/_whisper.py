@@ -11,7 +11,7 @@ from ..attention import AbstractMask
 from ..nn import AbstractLinear, Convolution, LearnedPositions, SinusoidalPositions
 from ..nn._dropout import apply_dropout
 from ..stacks import Source
-from ._checks import check_sizes
+from ._checks import check_arguments, check_sizes
 from ._config import AbstractConfig
 from ._decoder import TokenCache, extend, init_token_cache, logits
 from ._encoder import encode
@@ -92,6 +92,7 @@ class Whisper(eqx.Module):
         - `config`: the numbers.
         - `key`: for the initial weights. The positions of the encoder begin as sines and cosines.
         """
+        check_arguments("Whisper", config, WhisperConfig, key)
         keys = jax.random.split(key, 7)
         numbers = config.transformer
         d_model = numbers.d_model

@@ -46,6 +46,8 @@ def test_configuration():
         ({"text_pooling": "last"}, "the others have no use for it"),
         ({"d_embedding": 0}, "d_embedding=0"),
         ({"image_projection": False, "d_embedding": 9}, r"vision.d_model=8 must be d_embedding=9"),
+        ({"eos_token_id": 11}, "eos_token_id=11 must be a token id, from 0 to vocab_size - 1 = 10"),
+        ({"text": TINY.text.replace(pooler=True)}, "pooler=True of the text has no effect"),
         ({"vision": TINY.vision.replace(num_classes=2)}, r"num_classes=2 must be None"),
     ):
         with pytest.raises(ValueError, match=message):

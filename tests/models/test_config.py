@@ -88,6 +88,7 @@ MLA = {"kv_rank": 8, "nope_head_dim": 4, "rope_head_dim": 2, "v_head_dim": 4}
         (lambda: MoEConfig(num_experts=0), "num_experts=0 must be at least 1"),
         (lambda: MoEConfig(num_experts=1), "experts_per_token=2 is more than num_experts=1"),
         (lambda: MoEConfig(**MOE, first_dense=-1), "first_dense=-1 must not be negative"),
+        (lambda: MoEConfig(**MOE, dense_layers=(0, -1)), r"\(0, -1\) counts layers from 0"),
         (lambda: MoEConfig(**MOE, shared_gate=True), "needs num_shared_experts"),
         (lambda: MoEConfig(**MOE, group_score="top2"), "no effect with num_groups=1"),
         (lambda: MLAConfig(**{**MLA, "rope_head_dim": 3}), "rope_head_dim=3 must be even"),
@@ -123,6 +124,8 @@ def test_bad_parts(make, message):
         ({"mla": MLAConfig(**MLA), "positions": "none"}, "must be 'rope' with mla"),
         ({"embedding_dropout_rate": 1.0}, "embedding_dropout_rate=1.0"),
         ({"query_scale": 0.0}, "query_scale=0.0 must be positive"),
+        ({"document_start_id": -1}, "document_start_id=-1 must be a token id, from 0 .* = 2"),
+        ({"document_start_id": 3}, "document_start_id=3"),
     ],
 )
 def test_fields_that_do_not_fit_together(fields, message):

@@ -325,12 +325,17 @@ def test_conditions_are_cached(getkey, x64):
         (lambda: TRANSOLVER.replace(num_conditions=-1), "num_conditions=-1"),
         (lambda: ANCHOR.replace(num_conditions=-1), "num_conditions=-1"),
         (lambda: ANCHOR.replace(layer_scale=0.0), r"layer_scale=0\.0 must be positive"),
+        *(
+            (lambda x=x: x.replace(drop_path_rate=0.1, num_layers=1), "no effect with num_layers=1")
+            for x in (TRANSOLVER, UPT_CONFIG)
+        ),
         (lambda: TRANSOLVER.replace(drop_path_rate=1.0), r"drop_path_rate=1\.0 must be"),
         (lambda: ANCHOR.replace(num_dims=3), r"head_dim=4 must be even and at least .* 6"),
         (lambda: ANCHOR.replace(out_features=(1,)), r"out_features=\(1,\) must be 2 numbers"),
         (lambda: ANCHOR.replace(num_layers=3), "num_layers=3 must be a multiple of the 2"),
         (lambda: ANCHOR.replace(drop_path_rate=0.1), "at least twice the 2 patterns"),
         (lambda: ANCHOR.replace(branches=("a", "a")), "must be one or more different names"),
+        (lambda: ANCHOR.replace(branches=("a", "")), "must be one or more different names"),
         (lambda: ANCHOR.replace(branches=("a",), out_features=(1,)), "has 'cross'"),
     ],
 )
