@@ -58,7 +58,7 @@ class Rules:
     Arguments:
 
     - `table`: the rules, of which the first that matches a path counts. What none matches is not
-        split.
+        split. `sharding_table` names those of your own that decide nothing.
     - `fsdp`: a mesh axis that besides splits every large parameter, over its longest axis that is
         free and divides. (Zhao et al., 2023; stage 3 of Rajbhandari et al., 2020.)
     - `fsdp_min_size`: from how many elements on, in one layer and one expert.
@@ -167,7 +167,7 @@ def in_layer(
     """What the axes of a parameter in one layer are split over."""
     path, shape = place.path, x.shape[len(place.stacked) :]
     entries: list[Any] = [None] * len(shape)
-    rule = next((rule for rule in rules.table if re.search(rule.pattern, path)), None)
+    rule = first_rule(path, rules)
     for axis, entry in enumerate(() if rule is None else rule.spec):
         assert rule is not None
         names = [name for name in axis_names(entry) if mesh_size(mesh, name) > 1]
@@ -191,6 +191,11 @@ def in_layer(
         if free:
             entries[max(free, key=lambda i: shape[i])] = rules.fsdp
     return entries
+
+
+def first_rule(path: str, rules: Rules) -> Rule | None:
+    """The rule that decides how a parameter is split, if one matches its path."""
+    return next((rule for rule in rules.table if re.search(rule.pattern, path)), None)
 
 
 def mesh_size(mesh: Mesh | AbstractMesh, name: str | None) -> int:

@@ -183,6 +183,15 @@ def test_the_first_rule_counts():
     assert split["norm.weight"] == P("tensor")
 
 
+def test_rules_that_decide_nothing_are_in_the_table():
+    """They are no error: states of optimisers are split by the rules of their model."""
+    model, mesh = shapes(*KINDS["llama"]), mesh_of(tensor=4)
+    rules = Rules().first(Rule("q_proj", P()), Rule("qproj", P()), Rule("q_proj.weight$", P()))
+    notes = [f"the rule {pattern!r} decides nothing" for pattern in ("qproj", "q_proj.weight$")]
+    assert sharding_table(model, mesh, rules).splitlines()[-2:] == notes
+    assert "decides nothing" not in sharding_table(model, mesh)
+
+
 def test_two_mesh_axes_for_one():
     model, mesh = shapes(*KINDS["llama"]), mesh_of(tensor=2, more=2, one=1)
     rules = Rules().first(Rule("up_proj.weight", P(None, ("tensor", "more", "one"))))
