@@ -58,7 +58,13 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
     """The slopes of ALiBi: a geometric sequence, interleaved where `num_heads` is no power of two.
 
     (Press et al., Train Short, Test Long, 2022, section 3 and its reference code.)
+
+    Raises:
+
+    - `ValueError` if `num_heads` is less than one.
     """
+    if num_heads < 1:
+        raise ValueError(f"alibi_slopes: num_heads={num_heads} must be at least 1.")
 
     def geometric(n: int) -> list[float]:
         return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
@@ -108,7 +114,8 @@ class RelativeBias(eqx.Module):
 
     Raises:
 
-    - `ValueError` if `num_buckets` or `max_distance` is too small to form the buckets.
+    - `ValueError` if `num_buckets` or `max_distance` is too small to form the buckets, or
+        `num_heads` is less than one.
     """
 
     table: Float[Array, "buckets heads"]
@@ -124,6 +131,8 @@ class RelativeBias(eqx.Module):
         bidirectional: bool,
         key: PRNGKeyArray,
     ):
+        if num_heads < 1:
+            raise ValueError(f"RelativeBias: num_heads={num_heads} must be at least 1.")
         exact = (num_buckets // 2 if bidirectional else num_buckets) // 2
         if exact < 1 or max_distance <= exact:
             raise ValueError(

@@ -1,5 +1,6 @@
 """Changes of logits before a token is drawn, which may depend on the tokens so far."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import equinox as eqx
@@ -38,6 +39,14 @@ Processor = Callable[[Float[Array, " vocab"], History], Float[Array, " vocab"]]
 """`(logits, history) -> logits`: a function or a Module. `-inf` forbids a token."""
 
 
+def _positive(penalty: Number) -> Array:
+    if isinstance(penalty, int | float) and not 0 < penalty < math.inf:
+        raise ValueError(
+            f"RepetitionPenalty: penalty={penalty} must be positive and finite; 1 changes nothing."
+        )
+    return jnp.asarray(penalty)
+
+
 class RepetitionPenalty(eqx.Module):
     """Makes tokens that occurred less probable, those of the prompt included.
 
@@ -47,9 +56,13 @@ class RepetitionPenalty(eqx.Module):
     Arguments:
 
     - `penalty`: 1 changes nothing.
+
+    Raises:
+
+    - `ValueError` if `penalty` is a number that is not positive and finite.
     """
 
-    penalty: Number = eqx.field(converter=jnp.asarray)
+    penalty: Number = eqx.field(converter=_positive)
 
     def __call__(self, logits: Float[Array, " vocab"], history: History) -> Float[Array, " vocab"]:
         """The logits with the penalty."""
@@ -102,7 +115,13 @@ class LogitBias(eqx.Module):
         """Arguments:
 
         - `bias`: what to add, by token; `-inf` forbids it.
+
+        Raises:
+
+        - `ValueError` if a token is negative.
         """
+        if min(bias, default=0) < 0:
+            raise ValueError(f"LogitBias: token {min(bias)} must be an id, which is at least 0.")
         self.tokens = jnp.asarray(list(bias), jnp.int32)
         self.bias = jnp.asarray([float(x) for x in bias.values()], jnp.float32)
 

@@ -383,7 +383,10 @@ def head_sizes(
 ) -> tuple[int, int]:
     """`num_kv_heads` and `head_dim`, completed and checked."""
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    for name, size in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+    sizes = {"d_model": d_model, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    if head_dim is not None:
+        sizes["head_dim"] = head_dim
+    for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{owner}: {name}={size} must be at least 1.")
     if num_heads % num_kv_heads:

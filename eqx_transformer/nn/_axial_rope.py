@@ -36,7 +36,7 @@ class AxialRoPE(eqx.Module):
 
     Raises:
 
-    - `ValueError` if a number is not positive.
+    - `ValueError` if a number is not positive and finite.
     """
 
     num_dims: int = eqx.field(static=True, default=2)
@@ -45,8 +45,10 @@ class AxialRoPE(eqx.Module):
 
     def __check_init__(self) -> None:
         for name in ("num_dims", "theta", "scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"AxialRoPE: {name}={getattr(self, name)} must be positive.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"AxialRoPE: {name}={getattr(self, name)} must be positive and finite."
+                )
 
     def __call__(
         self, x: Float[Array, "seq heads head_dim"], coordinates: Float[Array, "seq dims"]

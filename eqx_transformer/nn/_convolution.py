@@ -41,12 +41,14 @@ class Convolution(eqx.Module):
 
         Raises:
 
-        - `ValueError` if `size` is even, or `stride` less than one.
+        - `ValueError` if `size` is even, or another number less than one.
         """
         if size < 1 or size % 2 == 0:
             raise ValueError(f"Convolution: size={size} must be odd, with as many on each side.")
-        if stride < 1:
-            raise ValueError(f"Convolution: stride={stride} must be at least 1.")
+        sizes = {"in_features": in_features, "out_features": out_features, "stride": stride}
+        for name, number in sizes.items():
+            if number < 1:
+                raise ValueError(f"Convolution: {name}={number} must be at least 1.")
         dtype = jnp.result_type(float) if dtype is None else jnp.dtype(dtype)
         init = jax.nn.initializers.lecun_normal(in_axis=(1, 2), out_axis=0)
         self.weight = init(key, (out_features, in_features, size), dtype)

@@ -22,7 +22,13 @@ def grid_coordinates(sizes: tuple[int, ...], dtype: DTypeLike | None = None) -> 
 
     `[cells, len(sizes)]`, the last axis of the grid varying fastest. Along an axis of `n` cells,
     cell `i` is at `2 * (i + 0.5) / n - 1`.
+
+    Raises:
+
+    - `ValueError` if there is no axis, or an axis has no cells.
     """
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"grid_coordinates: sizes={sizes} must be one or more of at least 1.")
     axes = [2 * (np.arange(n) + 0.5) / n - 1 for n in sizes]
     cells = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(sizes))
     return jnp.asarray(cells, jnp.result_type(float) if dtype is None else dtype)
@@ -47,7 +53,8 @@ class SinusoidalCoordinates(eqx.Module):
 
     Raises:
 
-    - `ValueError` if there is no feature for some coordinate, or `theta` is not positive.
+    - `ValueError` if there is no feature for some coordinate, or `theta` is not positive and
+        finite.
     """
 
     num_dims: int = eqx.field(static=True)
@@ -55,13 +62,17 @@ class SinusoidalCoordinates(eqx.Module):
     theta: float = eqx.field(static=True, default=10_000.0)
 
     def __check_init__(self) -> None:
-        if self.num_dims < 1 or self.d_model < 2 * self.num_dims:
+        if self.num_dims < 1:
+            raise ValueError(f"SinusoidalCoordinates: num_dims={self.num_dims} must be at least 1.")
+        if self.d_model < 2 * self.num_dims:
             raise ValueError(
                 f"SinusoidalCoordinates: d_model={self.d_model} must be at least 2 * num_dims = "
                 f"{2 * self.num_dims}: every coordinate has a sine and a cosine."
             )
-        if not self.theta > 0:
-            raise ValueError(f"SinusoidalCoordinates: theta={self.theta} must be positive.")
+        if not 0 < self.theta < math.inf:
+            raise ValueError(
+                f"SinusoidalCoordinates: theta={self.theta} must be positive and finite."
+            )
 
     def __call__(
         self, coordinates: Float[Array, "seq dims"], dtype: DTypeLike | None = None

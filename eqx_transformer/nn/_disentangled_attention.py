@@ -77,6 +77,10 @@ class DisentangledAttention(AbstractAttention):
         """
         _, self.head_dim = head_sizes("DisentangledAttention", d_model, num_heads, None, None)
         check_rate("DisentangledAttention", dropout_rate)
+        if max_distance < 1:
+            raise ValueError(
+                f"DisentangledAttention: max_distance={max_distance} must be at least 1."
+            )
         if num_buckets is not None and not 2 <= num_buckets <= 2 * (max_distance - 2):
             raise ValueError(
                 f"DisentangledAttention: num_buckets={num_buckets} must be at least 2, and half of "

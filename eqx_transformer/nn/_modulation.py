@@ -1,5 +1,7 @@
 """Conditioning by a vector: scales and shifts that depend on it."""
 
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -93,7 +95,15 @@ class TimestepEmbedding(eqx.Module):
         - `max_period`: the longest period is nearly `2 pi` times that, the shortest `2 pi`.
         - `dtype`: of the parameters; the default floating dtype if not given.
         - `key`: for the initial weights.
+
+        Raises:
+
+        - `ValueError` if `num_features` is odd, or `max_period` not positive and finite.
         """
+        if not 0 < max_period < math.inf:
+            raise ValueError(
+                f"TimestepEmbedding: max_period={max_period} must be positive and finite."
+            )
         if num_features < 2 or num_features % 2:
             raise ValueError(
                 f"TimestepEmbedding: num_features={num_features} must be even and at least 2: "

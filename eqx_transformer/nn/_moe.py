@@ -157,6 +157,10 @@ class MixtureOfExperts(eqx.Module):
             )
         if scores not in ("softmax", "sigmoid"):
             raise ValueError(f"MixtureOfExperts: scores={scores!r} must be 'softmax' or 'sigmoid'.")
+        if not 0 < route_scale < math.inf:
+            raise ValueError(
+                f"MixtureOfExperts: route_scale={route_scale} must be positive and finite."
+            )
         if num_groups < 1 or num_experts % num_groups:
             raise ValueError(
                 f"MixtureOfExperts: num_experts={num_experts} is not a multiple of "

@@ -1,3 +1,5 @@
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -136,5 +138,5 @@ class DynamicTanh(eqx.Module):
 def _check(name: str, size: int, eps: float) -> None:
     if size < 1:
         raise ValueError(f"{name}: size={size} must be at least 1.")
-    if eps < 0:
-        raise ValueError(f"{name}: eps={eps} must not be negative.")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{name}: eps={eps} must be at least 0 and finite.")

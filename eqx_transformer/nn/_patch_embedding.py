@@ -65,6 +65,8 @@ def grid_size(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple
 
     - `ValueError` if patches do not divide the image.
     """
+    if min(patch_size) < 1:
+        raise ValueError(f"patches of size {patch_size} are empty; give at least 1 for both axes.")
     for name, size, patch in zip(("height", "width"), image_size, patch_size, strict=True):
         if size < patch or size % patch:
             near = max(1, round(size / patch)) * patch

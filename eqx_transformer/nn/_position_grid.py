@@ -28,7 +28,13 @@ def bicubic_matrix(size: int, new_size: int, *, antialias: bool = False) -> np.n
     Returns:
 
     A matrix `[new_size, size]` of float64 whose rows sum to one.
+
+    Raises:
+
+    - `ValueError` if a size is less than one.
     """
+    if min(size, new_size) < 1:
+        raise ValueError(f"bicubic_matrix: size={size} and new_size={new_size} must be at least 1.")
     scale = size / new_size
     centre = (np.arange(new_size) + 0.5) * scale
     matrix = np.zeros((new_size, size))
@@ -83,7 +89,8 @@ class PositionGrid(eqx.Module):
         - `dtype`: of the parameters; the default floating dtype if not given.
         - `key`: for the initial vectors, of standard deviation `1 / sqrt(d_model)`.
         """
-        for name, size, least in (("grid", min(grid), 1), ("num_prefix", num_prefix, 0)):
+        sizes = (("grid", min(grid), 1), ("d_model", d_model, 1), ("num_prefix", num_prefix, 0))
+        for name, size, least in sizes:
             if size < least:
                 raise ValueError(f"PositionGrid: {name}={size} must be at least {least}.")
         dtype = jnp.result_type(float) if dtype is None else jnp.dtype(dtype)

@@ -27,7 +27,7 @@ class SinusoidalPositions(eqx.Module):
 
     Raises:
 
-    - `ValueError` if `d_model` is odd, or `theta` not positive.
+    - `ValueError` if `d_model` is odd, or `theta` not positive and finite.
     """
 
     d_model: int = eqx.field(static=True)
@@ -40,8 +40,10 @@ class SinusoidalPositions(eqx.Module):
                 f"SinusoidalPositions: d_model={self.d_model} must be even and at least 2: every "
                 "wavelength has a sine and a cosine."
             )
-        if not self.theta > 0:
-            raise ValueError(f"SinusoidalPositions: theta={self.theta} must be positive.")
+        if not 0 < self.theta < math.inf:
+            raise ValueError(
+                f"SinusoidalPositions: theta={self.theta} must be positive and finite."
+            )
 
     def __call__(
         self, positions: Int[Array, " seq"], dtype: DTypeLike | None = None

@@ -1,5 +1,6 @@
 """Rotary position embedding."""
 
+import math
 from typing import Any
 
 import equinox as eqx
@@ -74,8 +75,8 @@ class RoPE(eqx.Module):
     scaling: AbstractRoPEScaling | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
-        if not self.theta > 0:
-            raise ValueError(f"RoPE: theta={self.theta} must be positive.")
+        if not 0 < self.theta < math.inf:
+            raise ValueError(f"RoPE: theta={self.theta} must be positive and finite.")
         if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ValueError(
                 f"RoPE: rotary_dim={self.rotary_dim} must be even and at least 2: features are "

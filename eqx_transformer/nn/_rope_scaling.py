@@ -150,6 +150,12 @@ class YaRNScaling(AbstractRoPEScaling):
             )
         if self.attention_factor is not None:
             _check_positive(self, "attention_factor", self.attention_factor)
+        for name in ("mscale", "mscale_all_dim"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"YaRNScaling: {name}={getattr(self, name)} must be positive and finite, or 0 "
+                    "for not given."
+                )
 
     @property
     def score_factor(self) -> float:

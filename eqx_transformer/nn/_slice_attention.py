@@ -1,5 +1,6 @@
 """Attention between slices: soft clusters that points are gathered into."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -92,6 +93,8 @@ class SliceAttention(AbstractAttention):
         check_rate("SliceAttention", dropout_rate)
         if num_slices < 1:
             raise ValueError(f"SliceAttention: num_slices={num_slices} must be at least 1.")
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"SliceAttention: eps={eps} must be at least 0 and finite.")
         keys = jax.random.split(key, 7)
         size = num_heads * head_dim
         self.h_proj = Linear(d_model, size, use_bias=use_bias, dtype=dtype, key=keys[0])

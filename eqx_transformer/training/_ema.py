@@ -53,7 +53,13 @@ class EMA(eqx.Module):
 
         - `model`: of the same structure as the first.
         - `decay`: how much of the average stays, e.g. 0.999; an array if it changes.
+
+        Raises:
+
+        - `ValueError` if `decay` is a number outside of `[0, 1]`.
         """
+        if isinstance(decay, int | float) and not 0 <= decay <= 1:
+            raise ValueError(f"EMA: decay={decay} must be at least 0 and at most 1.")
 
         def mixed(old: Array, new: Array) -> Array:
             keep = jnp.asarray(decay, old.dtype)

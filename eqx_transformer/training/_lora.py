@@ -1,5 +1,6 @@
 """Low-rank adapters: a few new parameters beside weights that stay as they are."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -63,6 +64,10 @@ class LoRALinear(AbstractLinear):
             raise ValueError(
                 f"LoRALinear: rank={rank} must be at least 1 and at most {min(weight.shape)}, the "
                 f"smaller size of the weight {weight.shape}."
+            )
+        if not 0 < alpha < math.inf:
+            raise ValueError(
+                f"LoRALinear: alpha={alpha} must be positive and finite; with 0 nothing is learned."
             )
         dtype = weight.dtype if dtype is None else jnp.dtype(dtype)
         init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

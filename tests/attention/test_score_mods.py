@@ -271,5 +271,10 @@ def test_errors_of_construction():
         attn.SoftCap(0.0)
     with pytest.raises(ValueError, match="cap=nan"):
         attn.SoftCap(float("nan"))
-    with pytest.raises(ValueError, match="num_heads=0"):
-        attn.ALiBi(0)
+    for make in (
+        attn.ALiBi,
+        attn.alibi_slopes,
+        lambda n: attn.RelativeBias(n, bidirectional=True, key=jax.random.key(0)),
+    ):
+        with pytest.raises(ValueError, match="num_heads=0"):
+            make(0)

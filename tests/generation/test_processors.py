@@ -128,6 +128,11 @@ def test_typical_p_keeps_what_is_near_the_entropy():
     assert set(np.flatnonzero(np.isfinite(np.asarray(both)))) == {0, 1}
 
 
-def test_size_of_runs_is_checked():
+def test_numbers_are_checked():
+    for penalty in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"penalty={penalty} must be positive"):
+            RepetitionPenalty(penalty)
+    with pytest.raises(ValueError, match="token -1 must be an id"):
+        LogitBias({3: 1.0, -1: 2.0})
     with pytest.raises(ValueError, match="size=0"):
         ForbidRepeats(0)

@@ -189,12 +189,22 @@ def test_wrong_input():
         layer.init_cache(3)
     with pytest.raises(ValueError, match="num_buckets=12 must be at least 2"):
         DisentangledAttention(8, 2, max_distance=7, num_buckets=12, key=jr.key(0))
-    for name, value in (("layout", "pre"), ("positions", "rope"), ("window", 3)):
+    with pytest.raises(ValueError, match="max_distance=0 must be at least 1"):
+        DisentangledAttention(8, 2, max_distance=0, key=jr.key(0))
+    for name, value in (
+        ("layout", "pre"),
+        ("positions", "rope"),
+        ("window", 3),
+        ("qk_norm", True),
+        ("attention", "linear"),
+        ("drop_path_rate", 0.1),
+        ("pooler", True),
+    ):
         with pytest.raises(ValueError, match=name):
             TINY.replace(transformer=TINY.transformer.replace(**{name: value}))
     with pytest.raises(ValueError, match="both False"):
         TINY.replace(content_to_position=False, position_to_content=False)
-    for options in ({"size": 2}, {"stride": 0}):
-        name, value = next(iter(options.items()))
+    sizes = {"in_features": 3, "out_features": 4}
+    for name, value in (("size", 2), ("stride", 0), ("in_features", 0), ("out_features", -1)):
         with pytest.raises(ValueError, match=f"{name}={value}"):
-            Convolution(3, 4, **options, key=jr.key(0))
+            Convolution(**{**sizes, name: value}, key=jr.key(0))

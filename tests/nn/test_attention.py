@@ -203,6 +203,7 @@ def test_errors(getkey):
         ({"num_heads": 5}, "d_model=12 is not a multiple of num_heads=5"),
         ({"num_heads": 4, "num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
         ({"num_heads": 0}, "num_heads=0"),
+        ({"num_heads": 4, "head_dim": 0}, "Attention: head_dim=0 must be at least 1"),
         ({"num_heads": 4, "dropout_rate": 1.0}, "dropout_rate=1.0"),
         ({"num_heads": 4, "clip": 0}, "clip=0 must be positive"),
     ):

@@ -37,6 +37,14 @@ def test_sinusoids_of_each_coordinate():
         layer(jnp.ones((4, 3)))
     with pytest.raises(ValueError, match="theta=0"):
         SinusoidalCoordinates(2, 8, theta=0.0)
+    # The first wavelength would be NaN.
+    with pytest.raises(ValueError, match="theta=inf must be positive and finite"):
+        SinusoidalCoordinates(2, 8, theta=math.inf)
+    with pytest.raises(ValueError, match="num_dims=0 must be at least 1"):
+        SinusoidalCoordinates(0, 8)
+    for sizes in ((), (2, 0)):
+        with pytest.raises(ValueError, match="must be one or more of at least 1"):
+            grid_coordinates(sizes)
 
 
 def _reference(x, coordinates, theta, scale):
@@ -85,7 +93,7 @@ def test_low_precision_is_turned_in_float32(getkey):
 def test_no_parameters_and_values():
     assert jax.tree.leaves(eqx.filter(AxialRoPE(), eqx.is_array)) == []
     assert AxialRoPE(2) == AxialRoPE(2) != AxialRoPE(3)
-    for options in ({"num_dims": 0}, {"theta": 0.0}, {"scale": -1.0}):
+    for options in ({"num_dims": 0}, {"theta": 0.0}, {"scale": -1.0}, {"scale": math.inf}):
         with pytest.raises(ValueError, match="must be positive"):
             AxialRoPE(**options)
     with pytest.raises(ValueError, match=r"head_dim=4 features by 3 coordinates"):

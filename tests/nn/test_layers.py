@@ -221,3 +221,10 @@ def test_batch_is_an_error(getkey, mlp):
     with pytest.raises(ValueError, match=r"x has 1 axes \(4,\).*add the missing"):
         layer(jnp.ones((4,)))
     assert "Float" in str(inspect.signature(mlp.__call__).parameters["x"].annotation)
+
+
+@pytest.mark.parametrize("norm", [RMSNorm, LayerNorm])
+@pytest.mark.parametrize("eps", [-1e-5, float("inf"), float("nan")])
+def test_bad_eps(norm, eps):
+    with pytest.raises(ValueError, match=f"{norm.__name__}: eps={eps} must be at least 0"):
+        norm(6, eps=eps)

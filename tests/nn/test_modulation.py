@@ -45,6 +45,9 @@ def test_timestep_embedding(x64):
     np.testing.assert_allclose(slope, (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-8)
     with pytest.raises(ValueError, match="num_features=5"):
         TimestepEmbedding(4, num_features=5, key=jr.key(0))
+    for period in (0.0, -1.0, np.inf, np.nan):
+        with pytest.raises(ValueError, match=f"max_period={period} must be positive and finite"):
+            TimestepEmbedding(4, max_period=period, key=jr.key(0))
 
 
 def test_attention_pooling(getkey):

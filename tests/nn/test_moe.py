@@ -664,6 +664,7 @@ def test_any_module_is_an_expert(x64):
         ({"capacity_factor": 0}, "capacity_factor=0 must be positive"),
         ({"capacity_factor": -1.0}, r"capacity_factor=-1\.0 must be positive"),
         ({"capacity_factor": math.nan}, "capacity_factor=nan must be positive"),
+        ({"route_scale": 0.0}, r"route_scale=0\.0 must be positive and finite"),
         ({"jitter": 1.0}, r"jitter=1\.0 must be at least 0 and below 1"),
         ({"scores": "tanh"}, "tanh"),
         ({"num_groups": 2}, "num_experts=7 is not a multiple of num_groups=2"),

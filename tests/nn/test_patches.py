@@ -44,6 +44,8 @@ def test_images_that_do_not_fit():
         layer(jnp.ones((2, 3, 8, 8)))
     with pytest.raises(ValueError, match=r"2 \* 2 patches with a multiple of 16"):
         unpatchify(jnp.ones((4, 15)), (8, 8), (4, 4))
+    with pytest.raises(ValueError, match=r"patches of size \(0, 4\) are empty"):
+        patchify(jnp.ones((3, 8, 8)), (0, 4))
     with pytest.raises(ValueError, match="patch_size=0"):
         PatchEmbedding(3, 8, (4, 0), key=jr.key(0))
 
@@ -99,5 +101,9 @@ def test_low_precision_positions_are_interpolated_in_float32():
 def test_bad_grids():
     with pytest.raises(ValueError, match="grid=0"):
         PositionGrid((0, 4), 5, key=jr.key(0))
+    with pytest.raises(ValueError, match="d_model=0"):
+        PositionGrid((2, 4), 0, key=jr.key(0))
+    with pytest.raises(ValueError, match="size=3 and new_size=0 must be at least 1"):
+        bicubic_matrix(3, 0)
     with pytest.raises(ValueError, match="num_prefix=-1"):
         PositionGrid((2, 4), 5, num_prefix=-1, key=jr.key(0))

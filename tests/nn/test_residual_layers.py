@@ -74,8 +74,9 @@ def test_sinusoidal_positions(x64):
     assert narrow.dtype == jnp.bfloat16 and not jnp.array_equal(narrow[0], narrow[1])
     with pytest.raises(ValueError, match="d_model=5"):
         SinusoidalPositions(5)
-    with pytest.raises(ValueError, match="theta"):
-        SinusoidalPositions(4, theta=0.0)
+    for theta in (0.0, np.inf):
+        with pytest.raises(ValueError, match=f"theta={theta} must be positive and finite"):
+            SinusoidalPositions(4, theta=theta)
 
 
 def test_learned_positions(getkey):

@@ -62,6 +62,8 @@ def test_nothing_to_train():
 def test_errors():
     with pytest.raises(ValueError, match="theta=0"):
         RoPE(theta=0.0)
+    with pytest.raises(ValueError, match="theta=inf must be positive and finite"):
+        RoPE(theta=float("inf"))
     with pytest.raises(ValueError, match="rotary_dim=3"):
         RoPE(rotary_dim=3)
     for head_dim, rope in ((4, RoPE(rotary_dim=6)), (5, RoPE())):

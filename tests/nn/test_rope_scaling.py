@@ -145,6 +145,7 @@ def test_values():
         (lambda: Llama3Scaling(factor=2.0, high_freq_factor=0.5), "low_freq_factor=1.0"),
         (lambda: YaRNScaling(**YARN, beta_slow=9.0), "beta_slow=9.0 must be positive and less"),
         (lambda: YaRNScaling(**YARN, attention_factor=0.0), "attention_factor=0.0"),
+        (lambda: YaRNScaling(**YARN, mscale=-1.0), r"mscale=-1\.0 must be positive"),
         (lambda: dataclasses.replace(LONG, long_factors=(1.0, -1.0)), "one of long_factors=-1.0"),
         (
             lambda: apply_rope(jnp.ones((1, 1, 8)), jnp.arange(1), scaling=LONG),

@@ -135,6 +135,7 @@ def test_errors(getkey):
     x = jnp.ones((SEQ, D_MODEL))
     for bad, message in [
         (lambda: SliceAttention(D_MODEL, HEADS, 0, key=jr.key(0)), "num_slices=0"),
+        (lambda: SliceAttention(D_MODEL, HEADS, 2, eps=-1.0, key=jr.key(0)), r"eps=-1\.0"),
         (lambda: SliceAttention(D_MODEL, 3, 2, key=jr.key(0)), "not a multiple of num_heads=3"),
         (lambda: layer(x, mask=Causal()), r"can only be Padding\(valid\)"),
         (lambda: layer(x, mask=Padding(jnp.ones(3, bool))), "has 3 flags, but the input 9"),

@@ -49,6 +49,13 @@ def test_what_is_no_parameter_is_that_of_the_model(getkey):
     assert count == 2 and activation is jax.nn.gelu
 
 
+def test_decays_that_are_none(getkey):
+    model = Linear(2, 3, key=getkey())
+    for decay in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=f"decay={decay} must be at least 0 and at most 1"):
+            EMA.init(model).update(model, decay)
+
+
 def test_the_model_can_be_donated(getkey):
     model = Linear(2, 3, key=getkey())
     ema = EMA.init(model)

@@ -261,6 +261,8 @@ def test_errors(getkey, model):
         add_lora(model, 17, alpha=4, where=lambda path: "q_proj" in path, key=key)
     with pytest.raises(ValueError, match=r"rank=0 must be at least 1"):
         LoRALinear(linear(key), 0, alpha=4, key=key)
+    with pytest.raises(ValueError, match=r"alpha=0 must be positive .* nothing is learned"):
+        LoRALinear(linear(key), 1, alpha=0, key=key)
     layer = eqx.nn.Sequential([LoRALinear(linear(key), 1, alpha=4, key=key)])
     with pytest.raises(ValueError, match=r"layers\.0 has an adapter already"):
         add_lora(layer, 1, alpha=4, where=lambda path: True, key=key)
