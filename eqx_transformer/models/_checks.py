@@ -1,6 +1,5 @@
 """Checks that configurations have in common."""
 
-import math
 from typing import Any
 
 from ._config import AbstractConfig
@@ -60,10 +59,8 @@ def check_positive(config: AbstractConfig, *names: str) -> None:
     """Checks what must be a positive number, or `None`."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(
-                f"{type(config).__name__}: {name}={value} must be positive and finite."
-            )
+        if value is not None and value <= 0:
+            raise ValueError(f"{type(config).__name__}: {name}={value} must be positive.")
 
 
 def check_rates(config: AbstractConfig, *names: str) -> None:
@@ -74,17 +71,6 @@ def check_rates(config: AbstractConfig, *names: str) -> None:
             raise ValueError(
                 f"{type(config).__name__}: {name}={value} must be at least 0 and below 1."
             )
-
-
-def check_drop_path(config: AbstractConfig, num_layers: int) -> None:
-    """Checks the rate of the last layer, which is zero if it is the first as well."""
-    rate = config.to_dict()["drop_path_rate"]
-    if rate > 0 and num_layers < 2:
-        raise ValueError(
-            f"{type(config).__name__}: drop_path_rate={rate} has no effect with num_layers="
-            f"{num_layers}, because it grows from zero at the first layer; leave it out, or have "
-            "2 layers."
-        )
 
 
 def check_token_ids(config: AbstractConfig, vocab_size: int, *names: str) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
@@ -39,6 +40,8 @@ class AbstractConfig(abc.ABC):
                     f"{type(self).__name__}: {field.name}={value!r} (of type "
                     f"{type(value).__name__}) must be {_describe(field.type)}."
                 )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{type(self).__name__}: {field.name}={value} must be finite.")
         self.check()
 
     @abc.abstractmethod

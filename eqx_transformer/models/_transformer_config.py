@@ -4,7 +4,6 @@ from typing import Literal, NamedTuple
 from ..attention import Implementation
 from ..stacks import Layout
 from ._checks import (
-    check_drop_path,
     check_not_negative,
     check_positive,
     check_rates,
@@ -205,7 +204,6 @@ class TransformerConfig(AbstractConfig):
             "expert_capacity_factor",
         )
         check_rates(self, "dropout_rate", "drop_path_rate")
-        check_drop_path(self, max(self.num_layers, self.num_decoder_layers or 1))
         check_token_ids(self, self.vocab_size, "pad_token_id", "uncounted_token_id")
         if self.cache_max_len is not None and self.cache_max_len > self.max_len:
             raise ValueError(

@@ -17,7 +17,6 @@ from ..nn import (
 from ..stacks import Condition, Stack, TransformerBlock, linear_drop_path
 from ._checks import (
     check_arguments,
-    check_drop_path,
     check_heads,
     check_not_negative,
     check_positive,
@@ -83,7 +82,6 @@ class TransolverConfig(AbstractConfig):
         )
         check_positive(self, "norm_eps", "layer_scale")
         check_rates(self, "dropout_rate", "drop_path_rate")
-        check_drop_path(self, self.num_layers)
         check_not_negative(self, "num_conditions")
         check_heads(self, None, None)
 

@@ -20,7 +20,6 @@ from ..nn import (
 from ..stacks import Condition, Source, Stack, TransformerBlock, linear_drop_path
 from ._checks import (
     check_arguments,
-    check_drop_path,
     check_heads,
     check_not_negative,
     check_positive,
@@ -95,7 +94,6 @@ class UPTConfig(AbstractConfig):
         check_not_negative(self, "num_features", "num_conditions")
         check_positive(self, "radius", "wavelength_base", "norm_eps", "layer_scale")
         check_rates(self, "dropout_rate", "drop_path_rate")
-        check_drop_path(self, self.num_layers)
         check_heads(self, None, None)
 
 

@@ -4,7 +4,6 @@ from typing import Literal
 from ..attention import Implementation
 from ..stacks import Layout
 from ._checks import (
-    check_drop_path,
     check_heads,
     check_image,
     check_not_negative,
@@ -157,7 +156,6 @@ class ViTConfig(AbstractConfig):
         )
         check_positive(self, "rope_theta", "norm_eps", "layer_scale")
         check_rates(self, "dropout_rate", "drop_path_rate")
-        check_drop_path(self, self.num_layers)
         check_image(self, self.image_size, self.patch_size)
         head_dim = check_heads(self, self.num_kv_heads, self.head_dim)
         check_not_negative(self, "num_registers")

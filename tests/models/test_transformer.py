@@ -644,9 +644,6 @@ def test_wrong_calls_say_what_to_do():
         TINY.replace(positions="relative", first_norm=False)
     with pytest.raises(ValueError, match=r"drop_path_rate=0\.1 needs layers .* all alike"):
         TINY.replace(drop_path_rate=0.1, window=2, layer_types=("global", "sliding"))
-    dropped = TINY.replace(drop_path_rate=0.1, num_layers=1, num_decoder_layers=2)
-    with pytest.raises(ValueError, match=r"drop_path_rate=0\.1 has no effect with num_layers=1"):
-        dropped.replace(num_decoder_layers=None)
     with pytest.raises(ValueError, match="d_embedding=4 and d_model=8 differ"):
         build("decoder", TINY.replace(d_embedding=4, tie_embeddings=True))
     with pytest.raises(ValueError, match="no vectors for them"):

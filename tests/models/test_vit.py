@@ -179,7 +179,6 @@ def test_every_documented_value_is_tried():
         ({"dropout_rate": 1.0}, "dropout_rate=1.0 must be at least 0 and below 1"),
         ({"norm_eps": 0.0}, "norm_eps=0.0 must be positive"),
         ({"num_layers": 0}, "num_layers=0 must be at least 1"),
-        ({"num_layers": 1, "drop_path_rate": 0.1}, "no effect with num_layers=1"),
         ({"pooling": "cls"}, "'first' or 'mean' or 'attention'"),
     ],
 )
