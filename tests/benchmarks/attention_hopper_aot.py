@@ -2,11 +2,12 @@
 
     python tests/benchmarks/attention_hopper_aot.py [--json FILE] [--only TEXT]
 
-Like `attention_aot.py`, in whose environment it runs, but with JAX 0.11 or newer, and with
-nvidia-cuda-nvdisasm and absl-py: every kernel with its default tiles, for sm_90a. A thread that
-computes has 240 registers, dealt out when a program runs. What is told is how many bytes they did
-not suffice for, and how many of these words are read again with each tile; which products are
-serialized; and how many instructions there are for a tile, in JAX's own kernel of this kind, too.
+Like `attention_aot.py`, and in the same environment, but with JAX 0.11 or newer, the packages
+nvidia-cuda-nvdisasm and absl-py, and nvdisasm on the PATH. Compiles every kernel with its default
+tiles for sm_90a. A computing thread has 240 registers, which are dealt out when the kernel runs.
+Reports the bytes that are spilled, how many of these words are read again with each tile, which
+products are serialized, and the number of instructions in each loop over tiles, the first over
+full tiles and the last over masked ones; and this number for JAX's own kernel of this kind.
 """
 
 import argparse
@@ -117,7 +118,7 @@ def compiled(compiler: Compiler, only: str) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Bytes spilled, and words read again with each tile: kernels across, cases down."""
+    """Instructions of each loop over tiles, and what is spilled: kernels across, cases down."""
     lines = ["| | " + " | ".join(KERNELS) + " |", "|---|" + "---|" * len(KERNELS)]
     for case in dict.fromkeys(row["case"] for row in rows):
         cells = {row["kernel"]: _cell(row) for row in rows if row["case"] == case}
@@ -126,7 +127,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    text = str(row["spilled"]) + (f" ({row['reloaded']})" if row["spilled"] else "")
+    text = " + ".join(map(str, row["instructions"]))
+    if row["spilled"]:
+        text += f", {row['spilled']} B spilled, {row['reloaded']} words read with each tile"
     return text + (", serialized" if row["serialized"] else "")
 
 

@@ -226,7 +226,7 @@ def _narrow(kernel: Kernel, dim: int, pattern: Pattern, mod: Mod) -> Tiles:
     if dim > 128:
         return Tiles(32, 32, 8 if kernel == "transpose_kv" else 4, 1)
     if kernel == "transpose_q":
-        return Tiles(128, 32 if listed and lookup and dim > 64 else 64, 8, 2)
+        return Tiles(128, 32 if lookup and pattern != "full" and dim > 64 else 64, 8, 2)
     if dim <= 64:
         # The compiler lets the products of a single loop wait for each other if it has two stages.
         single = kernel == "transpose_kv" and pattern == "full"
