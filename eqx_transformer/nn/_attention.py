@@ -308,17 +308,17 @@ class Attention(AbstractAttention):
 
     def _project(self, x: Float[Array, "seq d_model"]) -> tuple[Array, Array, Array]:
         """Queries, keys and values, not yet turned to their positions."""
-        heads = (x.shape[0], -1, self.head_dim)
         q, k, v = (p(x) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.clip is not None:
             q, k, v = (jnp.clip(y, -self.clip, self.clip) for y in (q, k, v))
         if self.gate_proj is not None and self.gate == "value":
             v = v * jax.nn.sigmoid(self.gate_proj(x))
-        if self.qk_norm_over == "head":
-            q, k = q.reshape(heads), k.reshape(heads)
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.qk_norm_over != "head" and self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return q.reshape(heads), k.reshape(heads), v.reshape(heads)
+        q, k, v = (split_heads(y, self.head_dim) for y in (q, k, v))
+        if self.qk_norm_over == "head" and self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
     def _place(
         self, q: Array, k: Array, coordinates: Float[Array, "seq dims"] | None
@@ -372,7 +372,7 @@ class Attention(AbstractAttention):
             dropout_key=key if dropout_rate > 0 else None,
             **sinks,
         )
-        out = out.reshape(q.shape[0], -1)
+        out = jax.lax.collapse(out, 1)
         if self.gate_proj is not None and self.gate == "output":
             out = out * jax.nn.sigmoid(self.gate_proj(x))
         return self.o_proj(out)
@@ -401,6 +401,14 @@ def head_sizes(
             )
         head_dim = d_model // num_heads
     return num_kv_heads, head_dim
+
+
+def split_heads(
+    x: Float[Array, "seq features"], head_dim: int
+) -> Float[Array, "seq heads head_dim"]:
+    """The vector of each head."""
+    # Not -1 for their number, which an empty sequence would leave open.
+    return x.reshape(x.shape[0], x.shape[1] // head_dim, head_dim)
 
 
 def check_rate(owner: str, dropout_rate: float) -> None:

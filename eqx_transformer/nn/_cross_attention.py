@@ -6,7 +6,7 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask, ScoreMod, dot_product_attention
-from ._attention import check_rate, head_sizes
+from ._attention import check_rate, head_sizes, split_heads
 from ._cache_storage import Int8Vectors, as_floats, stored
 from ._linear import AbstractLinear, Linear
 from ._norm import RMSNorm
@@ -125,8 +125,7 @@ class CrossAttention(eqx.Module):
     @unbatched(memory="kv_seq d_memory")
     def project(self, memory: Float[Array, "kv_seq d_memory"]) -> Memory:
         """The keys and values of a sequence."""
-        heads = (memory.shape[0], -1, self.head_dim)
-        k, v = self.k_proj(memory).reshape(heads), self.v_proj(memory).reshape(heads)
+        k, v = (split_heads(p(memory), self.head_dim) for p in (self.k_proj, self.v_proj))
         return Memory(k if self.k_norm is None else self.k_norm(k), v)
 
     @unbatched(x="seq d_model")
@@ -148,7 +147,7 @@ class CrossAttention(eqx.Module):
                 f"CrossAttention: dropout_rate={dropout_rate} needs a key; pass key=, or switch "
                 "dropout off with eqx.nn.inference_mode(model)."
             )
-        q = self.q_proj(x).reshape(x.shape[0], -1, self.head_dim)
+        q = split_heads(self.q_proj(x), self.head_dim)
         out = self.attention_fn(
             q if self.q_norm is None else self.q_norm(q),
             as_floats(memory.k, x.dtype),
@@ -159,4 +158,4 @@ class CrossAttention(eqx.Module):
             dropout_rate=dropout_rate,
             dropout_key=key if dropout_rate > 0 else None,
         )
-        return self.o_proj(out.reshape(x.shape[0], -1))
+        return self.o_proj(jax.lax.collapse(out, 1))

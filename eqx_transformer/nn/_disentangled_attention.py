@@ -8,7 +8,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask, dot_product_attention
-from ._attention import AbstractAttention, check_rate, head_sizes
+from ._attention import AbstractAttention, check_rate, head_sizes, split_heads
 from ._linear import AbstractLinear, Linear
 
 
@@ -169,7 +169,7 @@ class DisentangledAttention(AbstractAttention):
         raise ValueError("DisentangledAttention has no cache; it is for encoders.")
 
     def _heads(self, projection: AbstractLinear, x: Array) -> Array:
-        return projection(x).reshape(x.shape[0], -1, self.head_dim)
+        return split_heads(projection(x), self.head_dim)
 
 
 class _DistanceScores(eqx.Module):

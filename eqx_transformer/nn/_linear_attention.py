@@ -13,7 +13,7 @@ from ..attention._linear import (
     is_causal,
     num_features,
 )
-from ._attention import AbstractAttention, head_sizes
+from ._attention import AbstractAttention, head_sizes, split_heads
 from ._linear import AbstractLinear, Linear
 from ._norm import RMSNorm
 from ._rope import RoPE
@@ -161,7 +161,7 @@ class LinearAttention(AbstractAttention):
         out = linear_attention(
             q, k, v, mask=mask, feature_map=self.feature_map, chunk_size=self.chunk_size
         )
-        return self.o_proj(out.reshape(x.shape[0], -1))
+        return self.o_proj(jax.lax.collapse(out, 1))
 
     def init_cache(self, max_len: int, dtype: DTypeLike | None = None) -> LinearAttentionCache:
         """An empty cache for `max_len` positions, which take no memory.
@@ -246,7 +246,7 @@ class LinearAttention(AbstractAttention):
             feature_map=self.feature_map,
             chunk_size=self.chunk_size,
         )
-        return self.o_proj(out.reshape(seq, -1)), LinearAttentionCache(state, end, max_len)
+        return self.o_proj(jax.lax.collapse(out, 1)), LinearAttentionCache(state, end, max_len)
 
     def _combined(self, mask: AbstractMask | None) -> AbstractMask | None:
         if self.mask is None or mask is None:
@@ -256,8 +256,8 @@ class LinearAttention(AbstractAttention):
     def _project(
         self, x: Float[Array, "seq d_model"], positions: Int[Array, " seq"] | None
     ) -> tuple[Array, Array, Array]:
-        heads = (x.shape[0], -1, self.head_dim)
-        q, k, v = (p(x).reshape(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (split_heads(p(x), self.head_dim) for p in projections)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:

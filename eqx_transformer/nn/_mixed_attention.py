@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask, Padding, TokenGroups, dot_product_attention
-from ._attention import AbstractAttention, check_rate, head_sizes
+from ._attention import AbstractAttention, check_rate, head_sizes, split_heads
 from ._axial_rope import AxialRoPE
 from ._linear import AbstractLinear, Linear
 from ._norm import RMSNorm
@@ -273,7 +273,7 @@ class MixedAttention(AbstractAttention):
         # Some group, perhaps all of them, may have no tokens.
         rows = [out[spec.name] for spec in tokens if spec.size is not None]
         out = jnp.concatenate(rows) if rows else q
-        return self.o_proj(out.reshape(len(x), q.shape[1] * self.head_dim)), new
+        return self.o_proj(jax.lax.collapse(out, 1)), new
 
     def _project(self, x: Array, coordinates: Array | None) -> tuple[Array, Array, Array]:
         if (coordinates is None) != (self.rope is None):
@@ -284,10 +284,8 @@ class MixedAttention(AbstractAttention):
                 else "MixedAttention: rope is an AxialRoPE, so coordinates must be given: in a "
                 "stack, by context=Condition(coordinates=...)."
             )
-        q, k, v = (
-            y.reshape(len(y), y.shape[1] // self.head_dim, self.head_dim)
-            for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        )
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (split_heads(p(x), self.head_dim) for p in projections)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None and coordinates is not None:

@@ -7,7 +7,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask, ScoreMod, dot_product_attention
-from ._attention import WRITTEN, AbstractAttention, check_rate
+from ._attention import WRITTEN, AbstractAttention, check_rate, split_heads
 from ._cache import KVCache
 from ._linear import AbstractLinear, Linear
 from ._norm import RMSNorm
@@ -231,7 +231,7 @@ class LatentAttention(AbstractAttention):
             assert self.q_down_proj is not None and self.q_norm is not None
             assert self.q_up_proj is not None
             q = self.q_up_proj(self.q_norm(self.q_down_proj(x)))
-        q = q.reshape(x.shape[0], self.num_heads, -1)
+        q = split_heads(q, q.shape[1] // self.num_heads)
         turned = self.rope(q[..., self.nope_head_dim :], positions)
         q = jnp.concatenate([q[..., : self.nope_head_dim], turned], axis=-1)
         kv, rank = self.kv_down_proj(x), self.kv_norm.weight.shape[0]
@@ -242,7 +242,7 @@ class LatentAttention(AbstractAttention):
         """The keys and values of every head."""
         rank = self.kv_norm.weight.shape[0]
         kv = self.kv_up_proj(latents[:, 0, :rank])
-        kv = kv.reshape(kv.shape[0], self.num_heads, -1)
+        kv = split_heads(kv, kv.shape[1] // self.num_heads)
         shape = (*kv.shape[:2], self.rope_head_dim)
         shared = jnp.broadcast_to(latents[..., rank:], shape)
         k = jnp.concatenate([kv[..., : self.nope_head_dim], shared], axis=-1)
@@ -280,4 +280,4 @@ class LatentAttention(AbstractAttention):
         )
 
     def _output(self, out: Float[Array, "seq heads v_head_dim"]) -> Float[Array, "seq d_model"]:
-        return self.o_proj(out.reshape(out.shape[0], -1))
+        return self.o_proj(jax.lax.collapse(out, 1))
