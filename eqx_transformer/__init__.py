@@ -8,7 +8,7 @@ Folders are layers, each built from those before it:
 - `models`: a config in, a model out.
 - `generation`: sampling from a model with its cache.
 - `training`: labels for optimisers, adapters, losses and gradients that fit into memory.
-- `inspection`: values that layers compute on the way, to look at and to replace.
+- `inspection`: intermediate values of layers, to look at and to replace.
 - `sharding`: models on many devices.
 - `interop`: checkpoints and the outside world.
 """

@@ -26,11 +26,11 @@ def filter_scan(
     unroll: int = 1,
     remat: bool | Callable[..., Any] | None = None,
 ) -> tuple[Carry, Any]:
-    """`jax.lax.scan`, but the carry, the inputs and the outputs may have leaves that are no arrays.
+    """`jax.lax.scan`, where carry, inputs and outputs may also have leaves that are not arrays.
 
     Arrays are scanned over. Everything else (activation functions, flags, Python numbers) is the
-    same at every step: in `xs` it is handed to each step as it is, in the carry it must come back
-    unchanged, and in the outputs it is returned once.
+    same at every step: in `xs` it is passed to each step as it is, in the carry it must not change,
+    and in the outputs it is returned once.
 
     Arguments:
 
@@ -39,11 +39,11 @@ def filter_scan(
     - `xs`: what to scan over, along the leading axis of every array in it.
     - `length`: the number of steps; only needed if `xs` has no arrays.
     - `reverse`: whether to run from the last step to the first.
-    - `unroll`: how many steps make one iteration of the loop. More compiles for longer; on a CPU
-        it can run up to twice as fast.
+    - `unroll`: how many steps make one iteration of the loop. More take longer to compile; on a CPU
+        they can run up to twice as fast.
     - `remat`: what reverse mode keeps of every step. `None`: all it needs. `True`: only the carry,
-        and the step is computed again. A policy of `jax.checkpoint_policies`: the carry and
-        what the policy says.
+        from which the step is recomputed. A policy of `jax.checkpoint_policies`: the carry and
+        what the policy saves.
 
     Returns:
 
@@ -67,7 +67,7 @@ def filter_scan(
         policy = None if remat is True else remat
         leaves = jax.tree.leaves(xs_arrays)
         steps = length if not leaves else leaves[0].shape[0]
-        # Forward and backward are two loops, between which nothing can be shared by mistake,
+        # Forward and backward are separate loops, between which XLA cannot share computations,
         # unless unrolling leaves no loop.
         whole = steps is not None and unroll >= steps
         step = jax.checkpoint(step, policy=policy, prevent_cse=whole)
@@ -89,7 +89,7 @@ def _check_unchanged(before: Any, after: Any) -> None:
             if x is not y and not (type(x) is type(y) and x == y):
                 raise ValueError(
                     f"filter_scan: the carry{jax.tree_util.keystr(path)} is not an array, so it "
-                    f"must stay the same, but it went from {x!r} to {y!r}."
+                    f"must stay the same, but it changed from {x!r} to {y!r}."
                 )
         return
     old_paths, new_paths = ({jax.tree_util.keystr(path): x for path, x in s} for s in (old, new))

@@ -6,9 +6,8 @@ def text_table(rows: list[tuple[str, ...]], num_left: int) -> str:
 
     Arguments:
 
-    - `rows`: the cells, as many in every row.
-    - `num_left`: how many columns are aligned to the left; the rest, which are numbers, are to the
-        right.
+    - `rows`: the cells, equally many in every row.
+    - `num_left`: how many columns are left-aligned; the rest, which are numbers, are right-aligned.
     """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     sides = ["<"] * num_left + [">"] * (len(widths) - num_left)

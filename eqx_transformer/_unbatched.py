@@ -1,4 +1,4 @@
-"""The errors for the commonest mistakes, above all a batch handed to what takes one example."""
+"""Errors for the most common mistakes, above all a batch passed to what takes one example."""
 
 import functools
 import inspect
@@ -12,10 +12,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def unbatched(**axes: str) -> Callable[[Function], Function]:
-    """Checks how many axes arguments of a method have, before anything else happens to them.
+    """Checks how many axes the arguments of a method have, before anything else happens to them.
 
-    `@unbatched(x="seq d_model")` says that `x` has two axes. Types checked at run time would find
-    the mistake as well, but only where they are switched on, and without saying what to do.
+    `@unbatched(x="seq d_model")` says that `x` has two axes. Run-time type checking would find the
+    mistake as well, but only where it is switched on, and without saying what to do.
 
     Arguments:
 
@@ -60,14 +60,14 @@ def unbatched(**axes: str) -> Callable[[Function], Function]:
 
 
 def _check_options(owner: str, seq: int | None, options: dict[str, Any]) -> None:
-    """Checks what is often given as what it is not, and is far from here when it fails."""
+    """Checks options for common mistakes that would otherwise fail far from here."""
     key, mask, positions = (options.get(name) for name in ("key", "mask", "positions"))
     if isinstance(key, int):
         raise ValueError(f"{owner}: key={key} is a number; use jax.random.key({key}).")
     if isinstance(mask, jax.Array | np.ndarray | list):
         raise ValueError(
-            f"{owner}: mask is an array, but masks are values: Dense(matrix) for one flag a query "
-            "and key, Padding(flags) for one a key; see eqx_transformer.attention."
+            f"{owner}: mask is an array but must be a mask: Dense(matrix) for one flag per query "
+            "and key, Padding(flags) for one per key; see eqx_transformer.attention."
         )
     if seq is not None and positions is not None and np.shape(positions) != (seq,):
         raise ValueError(
@@ -80,7 +80,7 @@ def _message(owner: str, name: str, shape: tuple[int, ...], spec: list[str]) -> 
     fix = (
         "wrap the call in jax.vmap."
         if len(shape) > len(spec)
-        else f"add the missing ones, e.g. with {name}[None], or leave out a jax.vmap."
+        else f"add the missing axes, e.g. with {name}[None], or leave out a jax.vmap."
     )
     return (
         f"{owner} takes one example: {name} has {len(shape)} axes {shape} but must be "

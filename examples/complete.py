@@ -1,4 +1,4 @@
-"""Continues texts with a trained model, and shows each token as it appears.
+"""Continues texts with a trained model, and shows each token as it is generated.
 
     python examples/complete.py runs/language_model/checkpoint --prompt "def main("
     python examples/complete.py HuggingFaceTB/SmolLM2-135M --prompt "Gravity is"
@@ -26,11 +26,11 @@ from eqx_transformer.interop import load, load_pretrained, load_tokenizer
 from eqx_transformer.stacks import unstacked
 
 BUCKET = 32
-"""Prompts are padded to a multiple of so many tokens, so that few lengths are compiled."""
+"""Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line."""
+    """A user error, reported in one line."""
 
 
 class Vocabulary(Protocol):
@@ -73,7 +73,7 @@ class Published:
         return self.tokenizer.encode(text).ids
 
     def next(self, token: int) -> str:
-        """What the text of all tokens so far has more than before."""
+        """What the new token adds to the text of all tokens so far."""
         self.tokens.append(token)
         text = self.tokenizer.decode(self.tokens)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):  # in the middle of a character
@@ -83,7 +83,7 @@ class Published:
 
 
 def open_model(name: str) -> tuple[Any, Vocabulary]:
-    """A model, with its layers taken apart, and its vocabulary."""
+    """A model, with its layers unstacked, and its vocabulary."""
     try:
         config = Path(name, "config.json")
         if config.exists() and "model_type" not in json.loads(config.read_text()):
@@ -94,7 +94,7 @@ def open_model(name: str) -> tuple[Any, Vocabulary]:
 
 
 class Text:
-    """A text that grows at its end, and what the model keeps of it."""
+    """A text that grows at its end, and the model's cache of it."""
 
     def __init__(self, model: Any, vocabulary: Vocabulary, args: argparse.Namespace):
         self.model, self.vocabulary, self.args = model, vocabulary, args
@@ -105,15 +105,15 @@ class Text:
         self.key = jax.random.key(args.seed)
 
     def show(self, token: int) -> None:
-        """Prints what is new."""
+        """Prints the text that a token adds."""
         print(self.vocabulary.next(token), end="", flush=True)
 
     def grow(self, prompt: str) -> float:
-        """Appends a prompt and what the model makes of it.
+        """Appends a prompt and the model's continuation.
 
         Returns:
 
-        How many tokens it made a second, the first one not counted.
+        How many tokens it generated per second, not counting the first one.
         """
         tokens = [*self.pending, *self.vocabulary.encode(prompt)]
         if not tokens:
@@ -171,7 +171,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Continues one text, or talks."""
+    """Continues one text, or holds a conversation."""
     model, vocabulary = open_model(args.model)
     try:
         text = Text(model, vocabulary, args)

@@ -3,12 +3,12 @@
     python examples/continuous_depth.py
 
 Layers of a transformer are steps of Euler's method: `z + branch(z)`. Here the branches of one
-block, which are told the time, are the velocity of `z`, and diffrax integrates it from 0 to 1 (Chen
+block, conditioned on the time, are the velocity of `z`, and diffrax integrates it from 0 to 1 (Chen
 et al., Neural Ordinary Differential Equations, 2018). It is trained with few steps of a fixed size.
-Then, in float64, the tolerance of an adaptive solver is varied, and output and gradient compared
-with those of a very small one; and the memory that the gradient needs is read from the compiled
-program, for three adjoints. In the folder `runs/continuous_depth` there are at the end
-`results.json` and `depth.png`. Takes four minutes on two busy CPU cores, and needs the extra
+Then, in float64, the tolerance of an adaptive solver is varied, and output and gradient are
+compared with those for a very small one; and the memory that the gradient needs is read from the
+compiled program, for three adjoints. The results, `results.json` and `depth.png`, are in the folder
+`runs/continuous_depth`. It takes four minutes on two busy CPU cores, and needs the extra
 `examples`.
 """
 
@@ -47,11 +47,11 @@ ADJOINTS = {
     "checkpoints": diffrax.RecursiveCheckpointAdjoint(checkpoints=4),
     "solved backwards": diffrax.BacksolveAdjoint(),
 }
-"""What reverse mode remembers: all that sixteen steps need, a few states, nothing."""
+"""What reverse mode stores: all that sixteen steps need, a few states, nothing."""
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line."""
+    """A user error, reported in one line."""
 
 
 class VectorField(eqx.Module):
@@ -74,7 +74,7 @@ class VectorField(eqx.Module):
     def __call__(
         self, time: Any, z: Float[Array, "seq d_model"], args: None
     ) -> Float[Array, "seq d_model"]:
-        """The velocity, as diffrax asks for it."""
+        """The velocity, with the signature that diffrax expects."""
         angle = jnp.pi * jnp.asarray(time, z.dtype)
         vector = self.time(jnp.stack([jnp.cos(angle), jnp.sin(angle)]))
         return self.block(z, context=Condition(vector=vector)) - z
@@ -90,7 +90,7 @@ class Solver(eqx.Module):
     def __call__(
         self, field: VectorField, z: Float[Array, "seq d_model"]
     ) -> tuple[Float[Array, "seq d_model"], Array]:
-        """Where `z` has got to at time 1, and after how many steps."""
+        """`z` at time 1, and the number of steps taken."""
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             diffrax.Tsit5(),
@@ -137,7 +137,7 @@ class Classifier(eqx.Module):
 
 
 def read_digits() -> list[np.ndarray]:
-    """Images and labels to learn from, and for the test; pixels from -1 to 1."""
+    """Images and labels for training, and for testing; pixels from -1 to 1."""
     digits: Any = load_digits()
     images = (digits.images[:, None] / 8 - 1).astype(np.float32)
     split: Any = train_test_split(
@@ -208,7 +208,7 @@ def errors(
             gradient, (logits, steps) = eqx.filter_grad(loss, has_aux=True)(model)
             return logits, jax.flatten_util.ravel_pytree(gradient)[0], steps
 
-        # The tolerance is an argument, so that there is one program for each adjoint.
+        # The tolerance is an argument, so that each adjoint is compiled once.
         of = {
             name: eqx.filter_jit(lambda tolerance, name=name: results(tolerance, name))
             for name in ("checkpoints", "solved backwards")

@@ -6,9 +6,9 @@ A deep-equilibrium transformer (Bai et al., Deep Equilibrium Models, 2019) retur
 `z = block(z / 4 + x)`, which optimistix finds. The gradient is that of the fixed point, by one
 linear solve, so that memory does not grow with the number of iterations. A penalty on the Jacobian
 of the block (Bai et al., Stabilizing Equilibrium Models by Jacobian Regularization, 2021),
-estimated in forward mode with a random direction, keeps iterations few. In the folder
-`runs/deep_equilibrium` there are at the end `table.md`, accuracy and memory against a stack of four
-blocks, and `equilibrium.png`. Takes two minutes on two CPU cores, and needs the extra `examples`.
+estimated in forward mode with a random direction, keeps iterations few. The results are in the
+folder `runs/deep_equilibrium`: `table.md`, accuracy and memory against a stack of four blocks, and
+`equilibrium.png`. It takes two minutes on two CPU cores, and needs the extra `examples`.
 """
 
 import argparse
@@ -46,7 +46,7 @@ SHARE = 1 / 4
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line."""
+    """A user error, reported in one line."""
 
 
 # Two kinds of depth -------------------------------------------------------------------------------
@@ -60,15 +60,15 @@ class Layers(eqx.Module):
     def __call__(
         self, x: Float[Array, "batch seq d_model"], key: PRNGKeyArray | None
     ) -> tuple[Array, Array, Array]:
-        """What leaves the stack, no penalty, and how many blocks that took."""
+        """The output of the stack, no penalty, and how many blocks were applied."""
         return jax.vmap(self.stack)(x), jnp.zeros(()), jnp.asarray(self.stack.num_layers)
 
 
 class Approximately(lineax.GMRES):
-    """GMRES that returns what it has got to when it does not converge, instead of an error.
+    """GMRES that returns its last iterate when it does not converge, instead of an error.
 
-    While a block is no contraction, nothing converges, and its gradient needs only to point away
-    from there. The steps that each fixed point takes are recorded, so none of this is hidden.
+    While a block is not a contraction, nothing converges, and the gradient only needs to point away
+    from there. The number of steps for each fixed point is recorded, so none of this is hidden.
     """
 
     def compute(self, state: Any, vector: Any, options: dict[str, Any]) -> Any:
@@ -80,9 +80,9 @@ class Approximately(lineax.GMRES):
 class Equilibrium(eqx.Module):
     """The fixed point `z = block(z / 4 + x)`, of a whole batch at once.
 
-    A block whose last operation is a norm keeps `z` of size one. A quarter of it, beside an `x`
-    that is not small, moves the output less than it moves itself, so that iterations converge; the
-    penalty sees to it that this stays so.
+    A block whose last operation is a norm keeps the size of `z` at one. A change in a quarter of
+    it, added to an `x` that is not small, changes the output by less, so that iterations converge;
+    the penalty ensures that they keep doing so.
     """
 
     block: AbstractBlock
@@ -106,7 +106,7 @@ class Equilibrium(eqx.Module):
             jnp.zeros_like(x),
             args=(self.block, x),
             max_steps=self.max_steps,
-            # (I - J) is never formed: the solver needs products with its transpose only.
+            # (I - J) is never formed: the solver only needs products with its transpose.
             adjoint=optimistix.ImplicitAdjoint(
                 Approximately(self.tolerance, 1e-3 * self.tolerance, restart=8, max_steps=32)
             ),
@@ -163,7 +163,7 @@ def make_model(kind: str, args: argparse.Namespace) -> Classifier:
 
 
 def read_digits() -> list[np.ndarray]:
-    """Images and labels to learn from, and for the test; pixels from -1 to 1."""
+    """Images and labels for training, and for testing; pixels from -1 to 1."""
     digits: Any = load_digits()
     images = (digits.images[:, None] / 8 - 1).astype(np.float32)
     split: Any = train_test_split(
@@ -220,7 +220,7 @@ def train(
     for step in tqdm(range(args.steps), desc=name, unit="step", dynamic_ncols=True):
         begin = time.perf_counter()
         model, state, count = compiled(model, state, batch_of(step), penalty, optimiser)
-        counts.append(int(count))  # waits for the step
+        counts.append(int(count))  # blocks until the step is done
         seconds.append(time.perf_counter() - begin)
     logits, _, count = eqx.filter_jit(model)(jnp.asarray(test))
     return {
@@ -235,7 +235,7 @@ def train(
 
 
 def memory_of(compiled: Any) -> float:
-    """Megabytes that a program needs besides its inputs and outputs."""
+    """Megabytes of temporary memory that a program needs."""
     return compiled.compiled.memory_analysis().temp_size_in_bytes / 1e6
 
 

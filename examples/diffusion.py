@@ -1,13 +1,13 @@
-"""Trains a small diffusion transformer to write digits, and draws what it writes.
+"""Trains a small diffusion transformer to write digits, and plots what it writes.
 
     python examples/diffusion.py
 
 The digits are the 1,797 that come with scikit-learn, 8 by 8 pixels each. The model learns the
-velocity that carries noise to digits along straight lines (flow matching), and the ordinary
-differential equation with that velocity is solved by diffrax. In the folder `runs/diffusion` there
-are at the end `results.json` and pictures of what was written and of how it came about. How much
-of it a classifier of real digits recognises is the measure of success. Takes
-two minutes on two CPU cores, and needs the extra `examples`.
+velocity that carries noise to digits along straight lines (flow matching), and diffrax solves the
+ordinary differential equation with that velocity. Success is measured by how many of the digits a
+classifier of real digits recognises. The results, `results.json` and pictures of the digits and of
+how they came about, are in the folder `runs/diffusion`. It takes two minutes on two CPU cores, and
+needs the extra `examples`.
 """
 
 import argparse
@@ -45,7 +45,7 @@ SHAPE = (1, 8, 8)
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line."""
+    """A user error, reported in one line."""
 
 
 def read_digits() -> tuple[Images, Labels]:
@@ -57,7 +57,7 @@ def read_digits() -> tuple[Images, Labels]:
 def batches(
     images: Images, labels: Labels, size: int, seed: int
 ) -> Iterator[tuple[Images, Labels]]:
-    """Random digits, without end."""
+    """Random digits, endlessly."""
     rng = np.random.default_rng(seed)
     while True:
         index = rng.integers(len(images), size=size)
@@ -92,7 +92,7 @@ def loss_of(model: DiT, images: Array, labels: Array, key: PRNGKeyArray) -> Floa
 
     def of_image(image: Array, label: Array, key: PRNGKeyArray) -> Array:
         time_key, noise_key, model_key = jax.random.split(key, 3)
-        # Times in the middle, where the velocity is hardest to tell, are drawn more often.
+        # Times in the middle, where the velocity is hardest to predict, are drawn more often.
         time = jax.nn.sigmoid(jax.random.normal(time_key))
         noise = jax.random.normal(noise_key, image.shape)
         velocity = model((1 - time) * noise + time * image, time, label, key=model_key)
@@ -146,7 +146,7 @@ def train(
             batch = (*next(source), jax.random.fold_in(jax.random.key(args.seed), step))
             model, average, state, loss = train_step(model, average, state, batch, optimiser)
             losses.append(loss)
-            if step % 10 == 0:  # reading a loss waits for it
+            if step % 10 == 0:  # reading a loss blocks until it is computed
                 progress.set_postfix_str(f"loss {float(loss):.3f}")
     return average, [float(loss) for loss in losses]
 
@@ -158,10 +158,10 @@ def train(
 def write(
     model: DiT, labels: Int[Array, " count"], guidance: float, moments: int, key: PRNGKeyArray
 ) -> Float[Array, "count moments 1 height width"]:
-    """Carries noise to digits, and returns some moments on the way, the last one included.
+    """Carries noise to digits, and returns some moments on the way, including the last one.
 
-    With `guidance` above 1 the velocity exaggerates what the label changes about it (Ho and
-    Salimans, Classifier-Free Diffusion Guidance, 2022).
+    With `guidance` above 1 the effect of the label on the velocity is exaggerated (Ho and Salimans,
+    Classifier-Free Diffusion Guidance, 2022).
     """
     model = eqx.nn.inference_mode(model)
 
@@ -236,7 +236,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, writes, has it read, and draws."""
+    """Trains, writes digits, has them classified, and plots."""
     images, labels = read_digits()
     try:
         model = make_model(args)

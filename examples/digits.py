@@ -2,10 +2,10 @@
 
     python examples/digits.py
 
-The digits are the 1,797 that come with scikit-learn, 8 by 8 pixels each; a fifth is held out. It is
-compared with logistic regression on the pixels. In the folder `runs/digits` there are at the end
+The digits are the 1,797 that come with scikit-learn, 8 by 8 pixels each; a fifth is held out. The
+transformer is compared with logistic regression on the pixels. The folder `runs/digits` then has
 the results, a picture of the confusion matrix, and one of what decides: where the class token
-attends, and the derivative of the score with respect to the pixels. Takes a minute on two CPU
+attends, and the derivative of the score with respect to the pixels. It takes a minute on two CPU
 cores, and needs the extra `examples`.
 """
 
@@ -40,7 +40,7 @@ Labels = Int[np.ndarray, " count"]
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line."""
+    """A user error, reported in one line."""
 
 
 # Digits -------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def read_digits() -> tuple[tuple[Images, Labels], tuple[Images, Labels]]:
 def batches(
     images: Images, labels: Labels, size: int, rng: np.random.Generator
 ) -> Iterator[tuple[Images, Labels]]:
-    """Random digits, each moved by up to a pixel, without end."""
+    """Random digits, each shifted by up to a pixel, endlessly."""
     height, width = images.shape[2:]
     padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)))
     while True:
@@ -89,7 +89,7 @@ def make_model(args: argparse.Namespace) -> VisionTransformer:
         num_heads=args.num_heads,
         d_ff=2 * args.d_model,
         dropout_rate=0.1,
-        # So few and small blocks run faster one after the other than in a loop.
+        # A few small blocks run faster unrolled than in a loop.
         unroll=args.num_layers,
     )
     return VisionTransformer(config, key=jax.random.key(args.seed))
@@ -98,7 +98,7 @@ def make_model(args: argparse.Namespace) -> VisionTransformer:
 def loss_of(
     model: VisionTransformer, images: Array, labels: Array, key: PRNGKeyArray
 ) -> Float[Array, ""]:
-    """Mean cost of a digit in nats, with a tenth of the probability spread over the others."""
+    """Mean cross-entropy in nats, with a label smoothing of a tenth."""
     keys = jax.random.split(key, len(images))
     logits = jax.vmap(lambda image, key: model(image, key=key))(images, keys)
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), 0.1)
@@ -121,7 +121,7 @@ def train_step(
 def train(
     model: VisionTransformer, digits: tuple[Images, Labels], args: argparse.Namespace
 ) -> tuple[VisionTransformer, list[float]]:
-    """Trains on digits that are moved about.
+    """Trains on randomly shifted digits.
 
     Returns:
 
@@ -142,7 +142,7 @@ def train(
             key = jax.random.fold_in(jax.random.key(args.seed), step)
             model, state, loss = train_step(model, state, (*next(source), key), optimiser)
             losses.append(loss)
-            if step % 10 == 0:  # reading a loss waits for it
+            if step % 10 == 0:  # reading a loss blocks until it is computed
                 progress.set_postfix_str(f"loss {float(loss):.3f}")
     return model, [float(loss) for loss in losses]
 
@@ -169,7 +169,7 @@ def what_decides(
 
 
 def draw_decisions(model: VisionTransformer, images: Images, labels: Labels, path: Path) -> None:
-    """Draws one digit of each kind, where the model looks, and what would change its mind."""
+    """Plots one digit of each kind, where the model looks, and what would change its mind."""
     chosen = [int(np.flatnonzero(labels == digit)[0]) for digit in np.unique(labels)]
     figure, axes = plt.subplots(
         3, len(chosen), figsize=(1.1 * len(chosen), 3.8), layout="constrained", squeeze=False
@@ -193,9 +193,9 @@ def draw_decisions(model: VisionTransformer, images: Images, labels: Labels, pat
 
 
 def draw_confusion(confusion: Int[np.ndarray, "10 10"], title: str, path: Path) -> None:
-    """Draws how often which digit was taken for which."""
+    """Plots how often each digit was taken for each other."""
     figure, axes = plt.subplots(figsize=(6, 5.4), layout="constrained")
-    # On a logarithmic scale the few mistakes can be seen next to the many that are right.
+    # On a logarithmic scale the few mistakes are visible next to the many correct answers.
     axes.imshow(np.log1p(confusion), cmap="Blues")
     for i, j in np.argwhere(confusion):
         colour = "white" if confusion[i, j] > 10 else "black"

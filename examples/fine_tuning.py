@@ -4,11 +4,11 @@
 
 Scikit-learn's handwritten digits lie anywhere in a larger image. A vision transformer learns to
 tell some of them apart (0 to 5). Then there are labels for ten images each of the others (6 to 9),
-and four ways to learn from them: logistic regression on the pixels; the same on what the
-transformer computes (a linear probe); adapters of low rank inside of it (LoRA) with a new head; and
-training everything. Each is done for ten choices of the ten images: with `vmap`, so that ten models
-train at once. In the folder `runs/fine_tuning` there are at the end the results, and a picture of
-them. It takes a minute and a half on two CPU cores and needs the extra `examples`.
+and four ways to learn from them: logistic regression on the pixels; the same on the output of the
+transformer (a linear probe); low-rank adapters inside it (LoRA) with a new head; and training
+everything. Each is done for ten choices of the ten images: with `vmap`, so that ten models train at
+once. The results, and a picture of them, are in the folder `runs/fine_tuning`. It takes a minute
+and a half on two CPU cores and needs the extra `examples`.
 """
 
 import argparse
@@ -51,11 +51,11 @@ SIZE = 10
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line."""
+    """A user error, reported in one line."""
 
 
 def read_digits(which: range) -> tuple[Images, Labels]:
-    """The images of some digits, pixels from 0 to 1, and their number among these digits."""
+    """The images of some digits, pixels from 0 to 1, and their labels among these digits."""
     digits: Any = load_digits()
     chosen = np.isin(digits.target, which)
     images = (digits.images[chosen, None] / 16).astype(np.float32)
@@ -101,7 +101,7 @@ class Classifier(eqx.Module):
 
 
 def make_backbone(args: argparse.Namespace) -> VisionTransformer:
-    """A small vision transformer without a head: it gives the vector of an image."""
+    """A small vision transformer without a head: it returns one vector per image."""
     config = ViTConfig(
         image_size=SIZE,
         patch_size=2,
@@ -114,14 +114,14 @@ def make_backbone(args: argparse.Namespace) -> VisionTransformer:
         num_heads=4,
         d_ff=2 * args.d_model,
         dropout_rate=0.1,
-        # So few and small blocks run faster one after the other than in a loop.
+        # A few small blocks run faster unrolled than in a loop.
         unroll=args.num_layers,
     )
     return VisionTransformer(config, key=jax.random.key(args.seed))
 
 
 def with_head(backbone: VisionTransformer, classes: range, key: PRNGKeyArray) -> Classifier:
-    """The backbone with a head that gives all digits the same score."""
+    """The backbone with a head that initially gives all digits the same score."""
     zeros = jax.nn.initializers.zeros
     head = Linear(backbone.config.d_model, len(classes), use_bias=True, init=zeros, key=key)
     return Classifier(backbone, head)
@@ -157,7 +157,7 @@ def fit(
 
 
 def loss_of(model: Classifier, images: Array, labels: Array, key: PRNGKeyArray) -> Float[Array, ""]:
-    """Mean cost of an image in nats."""
+    """Mean cross-entropy of an image in nats."""
     keys = jax.random.split(key, len(images))
     logits = jax.vmap(lambda image, key: model(image, key=key))(images, keys)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -195,7 +195,7 @@ def pretrain(args: argparse.Namespace) -> VisionTransformer:
 
 
 def choices(labels: Labels, shots: int, count: int, seed: int) -> Int[np.ndarray, "count few"]:
-    """Which images are there to learn from: as many of each digit, chosen again every time."""
+    """Which images to learn from: equally many of each digit, drawn anew for every choice."""
     rng = np.random.default_rng(seed)
     digits = [np.flatnonzero(labels == digit) for digit in np.unique(labels)]
     return np.stack(
@@ -206,7 +206,7 @@ def choices(labels: Labels, shots: int, count: int, seed: int) -> Int[np.ndarray
 def linear_probe(
     features: Float[np.ndarray, "count size"], labels: Labels, chosen: Int[np.ndarray, "times few"]
 ) -> list[Labels]:
-    """What logistic regression says of all images, for each choice of a few."""
+    """The predictions of logistic regression for all images, for each choice of a few."""
     predictions = []
     for few in chosen:
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
@@ -224,11 +224,11 @@ def fine_tune(
     args: argparse.Namespace,
     learning_rate: float,
 ) -> tuple[Int[Array, "times count"], int]:
-    """What a model trained on a few images says of all, for each choice of a few.
+    """The predictions for all images of a model trained on a few, for each choice of a few.
 
     Arguments:
 
-    - `prepare`: makes of a model the one to train, and says which of its leaves are.
+    - `prepare`: returns the model to train, and which of its leaves to train.
 
     Returns:
 
@@ -245,7 +245,7 @@ def fine_tune(
         trained, frozen = start(key)
 
         def loss(trained: PyTree, key: PRNGKeyArray) -> Array:
-            # Gradients exist for what is trained alone.
+            # Gradients are computed only for what is trained.
             return loss_of(eqx.combine(trained, frozen), few, labels, key)
 
         keys = jax.random.split(key, args.few_steps)
@@ -268,7 +268,7 @@ def everything(model: Classifier, key: PRNGKeyArray) -> tuple[Classifier, PyTree
 def adapters(
     rank: int,
 ) -> Callable[[Classifier, PRNGKeyArray], tuple[Classifier, PyTree]]:
-    """Adapters and the head are trained, the backbone stays as it is."""
+    """Adapters and the head are trained, the backbone is frozen."""
 
     def prepare(model: Classifier, key: PRNGKeyArray) -> tuple[Classifier, PyTree]:
         backbone = add_lora(model.backbone, rank, alpha=2 * rank, key=key)
@@ -284,7 +284,7 @@ def adapters(
 
 
 def draw(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
-    """Draws how many images are told right, one dot for each choice of a few."""
+    """Plots how many images are classified correctly, one dot for each choice of a few."""
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
     for row, result in enumerate(results.values()):
         axes.plot(result["accuracy"], [row] * len(result["accuracy"]), "o", color="C0", alpha=0.4)
@@ -341,7 +341,7 @@ def run(args: argparse.Namespace) -> int:
         return prepare(with_head(make_backbone(args), NEW, key), key)
 
     try:
-        # Says what is wrong with the arguments before anything is trained.
+        # Checks the arguments before anything is trained.
         eqx.filter_eval_shape(untrained, jax.random.key(0))
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -365,7 +365,7 @@ def run(args: argparse.Namespace) -> int:
     }
     results = {}
     for name, (predicted, parameters) in predictions.items():
-        # Of the images that it was not trained on.
+        # Among the images that it was not trained on.
         right = [
             float(np.delete(np.asarray(p) == labels, few).mean())
             for p, few in zip(predicted, chosen, strict=True)

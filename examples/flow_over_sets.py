@@ -3,14 +3,14 @@
     python examples/flow_over_sets.py
 
 The eigenvalues of a complex random matrix are particles of a plasma in the plane (Ginibre, 1965):
-they are easy to draw, and their density is known with its constant, so that a learnt density can be
-judged. The velocity of a flow from a normal distribution is a transformer without positions, so the
-order of particles means nothing. It is learnt by flow matching, from straight lines between noise
-and particles that are paired as closely as possible (Klein et al., Equivariant Flow Matching,
+they are easy to draw, and their density is known with its constant, so that a learned density can
+be judged. The velocity of a flow from a normal distribution is a transformer without positions, so
+the order of particles does not matter. It is learned by flow matching, from straight lines between
+noise and particles that are paired as closely as possible (Klein et al., Equivariant Flow Matching,
 2023). diffrax then integrates velocity and divergence backwards, which gives the log-likelihood:
 exactly, from Jacobian-vector products in all directions, and by Hutchinson's estimate, from one
-(Grathwohl et al., FFJORD, 2019). In the folder `runs/flow_over_sets` there are at the end
-`results.json`, `table.md` and `sets.png`. Takes three minutes on two CPU cores, and needs the extra
+(Grathwohl et al., FFJORD, 2019). The results, `results.json`, `table.md` and `sets.png`, are in the
+folder `runs/flow_over_sets`. It takes three minutes on two CPU cores, and needs the extra
 `examples`.
 """
 
@@ -44,7 +44,7 @@ Sets = Float[np.ndarray, "sets particles 2"]
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line."""
+    """A user error, reported in one line."""
 
 
 # Particles ----------------------------------------------------------------------------------------
@@ -71,14 +71,14 @@ def distances(sets: Sets) -> Float[np.ndarray, "sets pairs"]:
 
 
 def normal_log_density(sets: Array, scale: float) -> Array:
-    """That of independent normal coordinates; of one set, or of each of many."""
+    """The log-density of independent normal coordinates, for one set or for each of many."""
     size = sets.shape[-1] * sets.shape[-2]
     constant = size * math.log(scale * math.sqrt(2 * math.pi))
     return -0.5 * (sets**2).sum((-1, -2)) / scale**2 - constant
 
 
 def paired(noise: Sets, sets: Sets) -> Sets:
-    """The noise, in each set in the order in which it is closest to the particles."""
+    """The noise, permuted within each set to be closest to the particles."""
     squares = ((sets[:, :, None] - noise[:, None]) ** 2).sum(-1)
     order = np.stack([linear_sum_assignment(costs)[1] for costs in squares])
     return np.take_along_axis(noise, order[:, :, None], axis=1)
@@ -88,7 +88,7 @@ def paired(noise: Sets, sets: Sets) -> Sets:
 
 
 class Velocity(eqx.Module):
-    """The velocity of every particle at a time; particles see each other."""
+    """The velocity of every particle at a time; particles attend to each other."""
 
     coordinates: SinusoidalCoordinates
     embed: Linear
@@ -136,7 +136,7 @@ def exact(velocity: Any, where: Array, probe: Array) -> tuple[Array, Array]:
 
 
 def hutchinson(velocity: Any, where: Array, probe: Array) -> tuple[Array, Array]:
-    """The velocity, and an estimate of its divergence from one product, right in the mean."""
+    """The velocity, and an unbiased estimate of its divergence from one product."""
     value, product = jax.jvp(velocity, (where,), (probe,))
     return value, jnp.sum(product * probe)
 
@@ -170,12 +170,12 @@ def sample(model: Velocity, noise: Array, tolerance: float) -> Array:
 def log_density(
     model: Velocity, divergence: Any, sets: Array, probes: Array, scale: float, tolerance: float
 ) -> Array:
-    """That of each set: of the noise it came from, less the divergence along its way."""
+    """The log-density of each set: that of its noise, minus the integral of the divergence."""
 
     def of_set(where: Array, probe: Array) -> Array:
         def field(time: Any, state: Any, args: None) -> Any:
             time = jnp.asarray(time, where.dtype)
-            # The same probe at all times: a new one at each would be a rough function of time.
+            # The same probe at all times: a new one each time would make the field rough in time.
             return divergence(lambda where: model(time, where), state[0], probe)
 
         start = where, jnp.zeros((), where.dtype)
@@ -229,7 +229,7 @@ def train(model: Velocity, sets: Sets, scale: float, args: argparse.Namespace) -
             times = rng.random(args.batch, dtype=np.float32)
             batch = paired(noise, chosen), chosen, times
             model, average, state, loss = train_step(model, average, state, batch, optimiser)
-            if step % 10 == 0:  # reading a loss waits for it
+            if step % 10 == 0:  # reading a loss blocks until it is computed
                 progress.set_postfix_str(f"loss {float(loss):.3f}")
     return average
 
@@ -252,7 +252,7 @@ def measure(model: Velocity, sets: Sets, scale: float, args: argparse.Namespace)
 
 
 def summary(name: str, true: np.ndarray, values: np.ndarray, seconds: float) -> dict[str, Any]:
-    """Bits by which sets are less likely than they should be, and how they change by probe."""
+    """Bits by which sets are less likely than they should be, and their spread over probes."""
     bits = (true - values.mean(axis=0)) / math.log(2)
     return {
         "name": name,
@@ -264,7 +264,7 @@ def summary(name: str, true: np.ndarray, values: np.ndarray, seconds: float) -> 
 
 
 def effective(weights: np.ndarray) -> float:
-    """The share of samples that are left when they are weighted, by Kish's formula."""
+    """The effective sample size of weighted samples, as a share, by Kish's formula."""
     weights = np.exp(weights - weights.max())
     return float(weights.sum() ** 2 / (weights**2).sum() / len(weights))
 
@@ -281,7 +281,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(real: Sets, drawn: Sets, true: np.ndarray, learnt: np.ndarray, path: Path) -> None:
-    """Some sets, how far particles are apart, and densities against the true ones."""
+    """Plots some sets, distances of particles, and densities against the true ones."""
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
     strangers = np.random.default_rng(0).permutation(real.reshape(-1, 2)).reshape(real.shape)
     radius = 1.1 * float(np.abs(real[:4]).max())

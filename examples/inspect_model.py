@@ -3,14 +3,14 @@
     python examples/inspect_model.py
 
 A model with two layers learns texts that repeat themselves after a random number of random letters.
-It must find the last place where the present letter stood and say what came next there. Two heads
-can do that together: one of the first layer tells every position what stood before it, and one of
-the second looks for positions that were told the present letter (Elhage et al., A Mathematical
+It must find the last occurrence of the current letter and predict what came next there. Two heads
+can do that together: one of the first layer tells every position which letter preceded it, and one
+of the second looks for positions preceded by the current letter (Elhage et al., A Mathematical
 Framework for Transformer Circuits, 2021; Olsson et al., In-context Learning and Induction Heads,
-2022). The program trains such a model and looks for them: what each head attends to, what the loss
-is without it, what it is if what a head gives comes from another text, and what the model would say
-after each layer. In the folder `runs/inspect_model` there are at the end `results.json`,
-`heads.png` and `lens.png`. Takes a minute on two CPU cores, and needs the extra `examples`.
+2022). The program trains such a model and looks for them: what each head attends to, the loss
+without it, the loss if its output comes from another text, and what the model would predict after
+each layer. The results, `results.json`, `heads.png` and `lens.png`, are in the folder
+`runs/inspect_model`. It takes a minute on two CPU cores, and needs the extra `examples`.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def draw_texts(count: int, seq: int, key: PRNGKeyArray) -> Texts:
 
 
 def repeated(seq: int, period: Int[Array, ""]) -> Float[Array, " seq-1"]:
-    """At which positions the next letter has been seen."""
+    """The positions at which the next letter can be known."""
     return (jnp.arange(1, seq) > period).astype(jnp.float32)
 
 
@@ -92,13 +92,13 @@ def train(model: Llama, steps: int, batch: int, key: PRNGKeyArray) -> tuple[Llam
     return model, losses
 
 
-# What is looked at --------------------------------------------------------------------------------
+# Measurements -------------------------------------------------------------------------------------
 
 
 def attention_to(model: Llama, texts: Texts) -> dict[str, Float[Array, "layers heads"]]:
     """How much of its attention each head gives to two places, on average.
 
-    `previous` is the letter before; `induction` the one after the last occurrence of the present.
+    `previous` is the letter before; `induction` the one after the last occurrence of the current.
     """
 
     def of_text(text: Array, period: Array) -> dict[str, Array]:
@@ -121,7 +121,7 @@ def losses_without(model: Llama, texts: Texts) -> Float[Array, "layers heads"]:
 
 @eqx.filter_jit
 def losses_with_another(model: Llama, texts: Texts, others: Texts) -> Float[Array, "layers heads"]:
-    """The loss if what a head gives is what it gives in another text."""
+    """The loss if the output of a head is replaced by that in another text."""
     shape = (model.config.num_layers, model.config.num_heads)
     heads = jax.vmap(lambda text: capture(model, "heads")(text)[1]["heads"])(others[0])
 
@@ -151,7 +151,7 @@ def known_after(model: Llama, texts: Texts) -> Float[Array, " states"]:
 
 
 def draw_heads(tables: dict[str, np.ndarray], weights: np.ndarray, path: Path) -> None:
-    """Tables with a number for each head, and the attention of two of them."""
+    """Plots tables with a number for each head, and the attention of two of them."""
     figure, axes = plt.subplots(2, 3, figsize=(10.5, 6), layout="constrained")
     for axis, (title, table) in zip(axes.flat, tables.items(), strict=False):
         axis.imshow(table, cmap="Blues", vmin=0, vmax=1.25 * table.max(), aspect="auto")
@@ -169,7 +169,7 @@ def draw_heads(tables: dict[str, np.ndarray], weights: np.ndarray, path: Path) -
 
 
 def draw_lens(lens: np.ndarray, text: np.ndarray, period: int, path: Path) -> None:
-    """What the model would say after each layer."""
+    """Plots what the model would predict after each layer."""
     names = ["embedding", *(f"layer {i}" for i in range(len(lens) - 1))]
     figure, axis = plt.subplots(figsize=(10.5, 2.6), layout="constrained")
     probability = np.asarray(jax.nn.softmax(lens[:, :-1]))

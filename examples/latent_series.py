@@ -1,15 +1,16 @@
-"""Continues series that were seen at irregular times, with a latent differential equation.
+"""Continues series that were observed at irregular times, with a latent differential equation.
 
     python examples/latent_series.py
 
-Pendulums swing, each with its own length and friction. Angle and speed are seen with noise, at
-irregular times, and often only one of them or neither. An encoder reads what was seen in the first
-half: its attention turns queries and keys by the times, and a mask leaves out what is missing. It
-says where in a latent space the series begins, and how sure it is; diffrax goes on from there (Chen
-et al., Neural Ordinary Differential Equations, 2018; Rubanova et al., Latent ODEs, 2019). Both are
-trained together, on a lower bound of the likelihood. A Gaussian process for each series is what it
-is compared with. In the folder `runs/latent_series` there are at the end `results.json`, `table.md`
-and `series.png`. Takes three minutes on two CPU cores, and needs the extra `examples`.
+Pendulums swing, each with its own length and friction. Angle and speed are observed with noise, at
+irregular times, and often only one of them or neither. An encoder reads the observations in the
+first half: its attention rotates queries and keys by the times, and a mask leaves out what is
+missing. It returns a mean and an uncertainty for where in a latent space the series begins; diffrax
+continues from there (Chen et al., Neural Ordinary Differential Equations, 2018; Rubanova et al.,
+Latent ODEs, 2019). Both are trained together, on a lower bound of the likelihood. The comparison is
+a Gaussian process for each series. The results, `results.json`, `table.md` and `series.png`, are in
+the folder `runs/latent_series`. It takes three minutes on two CPU cores, and needs the extra
+`examples`.
 """
 
 import argparse
@@ -41,20 +42,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SEEN, END = 8.0, 16.0
-"""What comes later than the one is not seen, and later than the other not asked for."""
+"""Nothing is observed after the first of these times, and nothing predicted after the second."""
 
 NOISE = 0.1
-"""Standard deviation of what is seen, which the maker of the sensor tells."""
+"""Standard deviation of the noise, known from the sensor's data sheet."""
 
 SHARES = (0.7, 0.3)
-"""How often the angle is seen, and the speed."""
+"""How often the angle is observed, and the speed."""
 
 GRID: Any = np.linspace(0, END, 81, dtype=np.float32)
 """Times to compare with the truth at."""
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line."""
+    """A user error, reported in one line."""
 
 
 class Series(NamedTuple):
@@ -100,12 +101,12 @@ def solve(field: Any, start: Array, args: Any, times: Array, *, num_steps: int) 
 
 
 def draw_series(count: int, num_times: int, seed: int) -> tuple[Series, np.ndarray]:
-    """Random pendulums at random times, and where they are on a grid of times."""
+    """Random pendulums at random times, and their states on a grid of times."""
     rng = np.random.default_rng(seed)
     start = rng.uniform([-2.0, -0.7], [2.0, 0.7], (count, 2))
     constants = rng.uniform([0.8, 0.05], [1.3, 0.15], (count, 2))
     times = np.sort(rng.uniform(0, END, (count, num_times)))
-    times[:, 0] = 0  # of all, the beginning is seen
+    times[:, 0] = 0  # the beginning of each is observed
     inputs = [x.astype(np.float32) for x in (start, constants)]
     truth = np.asarray(swing(*inputs, np.tile(GRID, (count, 1))))
     values = swing(*inputs, times.astype(np.float32))
@@ -119,7 +120,7 @@ def draw_series(count: int, num_times: int, seed: int) -> tuple[Series, np.ndarr
 
 
 class Encoder(eqx.Module):
-    """From what was seen to the mean and the standard deviation of the beginning."""
+    """From observations to the mean and the standard deviation of the initial state."""
 
     embed: Linear
     query: Float[Array, "1 d_model"]
@@ -145,7 +146,7 @@ class Encoder(eqx.Module):
     def __call__(
         self, series: Series, until: float
     ) -> tuple[Float[Array, " latent"], Float[Array, " latent"]]:
-        """Of one series until a time; its first token, at time 0, is where the answer is read."""
+        """Reads one series up to a time; the result is read off its first token, at time 0."""
         known = series.known & (series.times <= until)[:, None]
         values = jnp.where(known, series.values, 0)
         tokens = self.embed(jnp.concatenate([values, known.astype(values.dtype)], axis=1))
@@ -159,7 +160,7 @@ class Encoder(eqx.Module):
 
 
 class LatentODE(eqx.Module):
-    """Where a series begins, how it goes on, and what is seen of it."""
+    """The initial state of a series, its dynamics, and what is observed of it."""
 
     encoder: Encoder
     velocity: MLP
@@ -196,8 +197,8 @@ def loss_of(
 ) -> Float[Array, ""]:
     """The negative of a lower bound of the log-likelihood of each series, up to a constant.
 
-    In place of a prior there is what the encoder says of the first half, so it learns to be as
-    unsure as it should be (Garnelo et al., Neural Processes, 2018).
+    The prior is the encoder's distribution given the first half, so it learns to be as uncertain as
+    it should be (Garnelo et al., Neural Processes, 2018).
     """
 
     def of_one(series: Series, key: PRNGKeyArray) -> Array:
@@ -205,7 +206,7 @@ def loss_of(
         start = mean + spread * jax.random.normal(key, mean.shape)
         wrong = (model(start, series.times) - series.values) / NOISE
         likelihood = jnp.where(series.known, -0.5 * wrong**2, 0).sum()
-        # How far what is known from the whole series is from what its first half lets expect.
+        # The divergence between the distributions given the whole series and its first half.
         expected, doubt = model.encoder(series, SEEN)
         ratio, moved = spread / doubt, (mean - expected) / doubt
         divergence = (0.5 * (ratio**2 + moved**2 - 1) - jnp.log(ratio)).sum()
@@ -226,7 +227,7 @@ def train_step(
 
 
 def train(model: LatentODE, series: Series, args: argparse.Namespace) -> LatentODE:
-    """Trains on random series; the divergence counts in full after a third."""
+    """Trains on random series; the divergence has its full weight after a third of the steps."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, args.learning_rate, min(50, args.steps), args.steps + 1
     )
@@ -240,7 +241,7 @@ def train(model: LatentODE, series: Series, args: argparse.Namespace) -> LatentO
             weight = jnp.asarray(min(1.0, 3 * step / args.steps))
             batch = Series(*(x[index] for x in series)), key, weight
             model, state, loss = train_step(model, state, batch, optimiser)
-            if step % 10 == 0:  # reading a loss waits for it
+            if step % 10 == 0:  # reading a loss blocks until it is computed
                 progress.set_postfix_str(f"loss {float(loss):.1f}")
     return model
 
@@ -252,7 +253,7 @@ def train(model: LatentODE, series: Series, args: argparse.Namespace) -> LatentO
 def continued(
     model: LatentODE, series: Series, times: Array, samples: int, key: PRNGKeyArray
 ) -> Float[Array, "series samples times"]:
-    """Angles from beginnings that the encoder holds possible."""
+    """Angles from initial states drawn from the encoder's distribution."""
 
     def of_one(series: Series, key: PRNGKeyArray) -> Array:
         mean, spread = model.encoder(series, SEEN)
@@ -263,25 +264,25 @@ def continued(
 
 
 def by_gaussian_process(series: Series, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of the angles, from the angles seen; one process a series."""
+    """Mean and standard deviation of the angles, given those observed; one process per series."""
     means, spreads = [], []
     for at, values, known in zip(*series, strict=True):
         seen = known[:, 0] & (at <= SEEN)
-        # Swings that slowly change, as an engineer would write it down.
+        # Slowly changing oscillations: the kernel an engineer would choose.
         kernel: Any = 1.0 * RBF(8.0, (2, 50)) * ExpSineSquared(1.0, 6.0, (0.3, 10), (4, 10))
         process: Any = GaussianProcessRegressor(kernel + WhiteKernel(NOISE**2, (1e-3, 0.1)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             process.fit(at[seen, None], values[seen, 0])
         mean, spread = process.predict(times[:, None], return_std=True)
-        noise = process.kernel_.k2.noise_level  # is not the angle's
+        noise = process.kernel_.k2.noise_level  # not part of the angle
         means.append(mean)
         spreads.append(np.sqrt(np.maximum(spread**2 - noise, 1e-9)))
     return np.stack(means), np.stack(spreads)
 
 
 def last_values(series: Series) -> np.ndarray:
-    """The last angle seen of each."""
+    """The last observed angle of each."""
     known = series.known[..., 0] & (series.times <= SEEN)
     last = known.shape[1] - 1 - known[:, ::-1].argmax(axis=1)
     return np.take_along_axis(series.values[..., 0], last[:, None], axis=1)
@@ -290,7 +291,7 @@ def last_values(series: Series) -> np.ndarray:
 def measures(
     name: str, angles: np.ndarray, middle: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> dict[str, Any]:
-    """Errors, and how many angles are in the interval, where it was seen and beyond."""
+    """Errors, and how many angles are in the interval, in the observed half and beyond."""
     seen = GRID <= SEEN
     wrong, inside = (middle - angles) ** 2, (low <= angles) & (angles <= high)
     return {
@@ -322,7 +323,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(series: Series, angles: np.ndarray, bands: dict[str, Any], path: Path) -> None:
-    """Some series: what was seen, what came, and what was expected."""
+    """Plots some series: what was observed, what followed, and what was predicted."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 5), layout="constrained", sharex=True)
     for index, ax in enumerate(axes.flat[: len(angles)]):
         ax.plot(GRID, angles[index], "k:", linewidth=1, label="truth")

@@ -1,4 +1,4 @@
-"""Trains a model of physics on plates with hot pipes, and differentiates it by place.
+"""Trains a model of physics on plates with hot pipes, and differentiates it by position.
 
     python examples/operator_learning.py
 
@@ -6,15 +6,15 @@ A thin round plate is cold at its rim, hot pipes go through it, and it loses hea
 temperature obeys `laplacian(u) = m**2 * u`, with `u = 1` at the pipes and `u = 0` at the rim. Every
 plate has other pipes and another `m`. A thousand of them are solved by finite differences, and an
 `AnchorTransformer` learns the map from the pipes and `m` to the temperature anywhere in the plate
-and to the flux of heat at the pipes. It is compared with the nearest of the plates it has learnt
-from, and with a kernel regression onto the principal components of their temperatures.
+and to the flux of heat at the pipes. It is compared with the nearest of the training plates, and
+with a kernel regression onto the principal components of their temperatures.
 
-What it has learnt is a function of the place, so `jax.jacfwd` gives its derivatives. They say how
-well it obeys the equation, and in the end they are a part of the loss: a few more steps, on plates
-that nobody has solved, make it obey better.
+What it has learned is a function of the position, so `jax.jacfwd` gives its derivatives. They show
+how well it obeys the equation, and in the end they become part of the loss: a few more steps, on
+unsolved plates, make it obey better.
 
-It takes about four minutes on two CPU cores and needs no data. In the folder
-`runs/operator_learning` there are at the end the results and a picture of some plates.
+It takes about four minutes on two CPU cores and needs no data. The results and a picture of some
+plates are in the folder `runs/operator_learning`.
 """
 
 import argparse
@@ -54,7 +54,7 @@ ANGLES = 256
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line."""
+    """A user error, reported in one line."""
 
 
 # Plates -------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class Plate:
     cooling: float
 
     def distance(self, points: Points) -> Float[np.ndarray, " points"]:
-        """How far points are from the nearest pipe; negative inside of one."""
+        """How far points are from the nearest pipe; negative inside one."""
         offset = points[:, None] - self.pipes[None, :, :2]
         return (np.hypot(offset[..., 0], offset[..., 1]) - self.pipes[:, 2]).min(axis=1)
 
@@ -99,7 +99,7 @@ class Solution:
 
     - `plate`: the plate.
     - `field`: the temperature at the nodes of a grid over the square from -1 to 1; that of the
-        pipes inside of them, and zero outside of the plate.
+        pipes inside them, and zero outside the plate.
     - `inside`: which nodes are in the plate.
     - `flux`: how fast the temperature falls off the surface of each pipe, along the normal, at
         `ANGLES` equal steps of the angle.
@@ -120,8 +120,8 @@ def grid(nodes: int) -> Points:
 def solve(plate: Plate, nodes: int) -> Solution:
     """Solves the equation by finite differences of second order.
 
-    Where a line of the grid meets a circle, the distance to it takes the place of the distance
-    between nodes. (Shortley and Weller, The numerical solution of Laplace's equation, 1938.)
+    Where a line of the grid meets a circle, the distance to it replaces the distance between nodes.
+    (Shortley and Weller, The numerical solution of Laplace's equation, 1938.)
     """
     points, h = grid(nodes), 2 / (nodes - 1)
     distance = plate.distance(points)
@@ -177,7 +177,7 @@ def solve(plate: Plate, nodes: int) -> Solution:
             place = points[node].copy()
             place[:, axis] += sign * near
             normal = (place - centre) / radius
-            # Not the nearest node if it is too near: then the difference would cancel.
+            # Skip the nearest node if it is too near: the difference would suffer cancellation.
             skip = np.where(near < h / 2, 1, 0)
             a, b = near + skip * h, near + (skip + 1) * h
             ua, ub = field[node - skip * step] - 1, field[node - (skip + 1) * step] - 1
@@ -196,7 +196,7 @@ def solve(plate: Plate, nodes: int) -> Solution:
 
 
 class Batch(eqx.Module):
-    """Some plates, some of their points, and what is right there.
+    """Some plates, some of their points, and the true values there.
 
     Arguments:
 
@@ -222,7 +222,7 @@ def in_float32(*arrays: PyTree) -> tuple[Any, ...]:
 def around(
     plate: Plate, count: int, rng: np.random.Generator
 ) -> tuple[Int[np.ndarray, " count"], Float[np.ndarray, " count"], Points]:
-    """Points around the pipes, evenly: of which pipe, at what angle, and where."""
+    """Evenly spaced points around the pipes: of which pipe, at what angle, and where."""
     turns = (np.arange(count) + rng.uniform()) * len(plate.pipes) / count
     pipe, angle = turns.astype(int), 2 * np.pi * (turns % 1)
     x, y, radius = plate.pipes[pipe].T
@@ -232,7 +232,7 @@ def around(
 def solved_batch(
     solutions: list[Solution], args: argparse.Namespace, rng: np.random.Generator
 ) -> Batch:
-    """Random points of plates that were solved, all of them nodes, and points around the pipes."""
+    """Random nodes of plates that were solved, and points around the pipes."""
     nodes = grid(len(solutions[0].field))
     points, temperature, surface, flux = [], [], [], []
     for solution in solutions:
@@ -278,8 +278,8 @@ class Surrogate(eqx.Module):
     """Temperature and flux of a plate, without solving anything.
 
     The model sees a plate as two kinds of points, and `m` as a condition. Coordinates are scaled so
-    that their shortest wavelength, `2 pi`, is a third of the plate's radius, and the flux to be
-    about one.
+    that their shortest wavelength, `2 pi`, is a third of the plate's radius, and the flux so that
+    it is about one.
     """
 
     model: AnchorTransformer
@@ -306,8 +306,8 @@ class Surrogate(eqx.Module):
     ) -> Float[Array, " points"]:
         """`laplacian(u) - m**2 * u` at some points: zero if the equation is obeyed.
 
-        What is predicted at a point depends on no other point. So the derivatives with respect to
-        a shift of all of them are those of each with respect to its own place.
+        The prediction at a point depends on no other point. So the derivatives with respect to a
+        shift of all of them are those of each with respect to its own position.
         """
 
         def shifted(shift: Float[Array, "2"]) -> Float[Array, " points"]:
@@ -341,7 +341,7 @@ def make_model(args: argparse.Namespace) -> Surrogate:
 
 
 def data_loss(surrogate: Surrogate, batch: Batch) -> Float[Array, ""]:
-    """Mean square errors of temperature and flux, each as a share of what varies."""
+    """Mean squared errors of temperature and flux, each relative to the variance."""
 
     def of_plate(plate: Batch) -> tuple[Array, Array]:
         at_anchors, flux, state = surrogate.encode(plate.anchors, plate.cooling)
@@ -359,7 +359,7 @@ def physics_loss(
     queries: Float[Array, "plates queries 2"],
     cooling: Float[Array, " plates"],
 ) -> Float[Array, ""]:
-    """Mean square of the residual at queries."""
+    """Mean squared residual at queries."""
 
     def of_plate(anchors: dict[str, Array], queries: Array, cooling: Array) -> Array:
         _, _, state = surrogate.encode(anchors, cooling)
@@ -405,7 +405,7 @@ def train(
     The model, and the loss of every step.
     """
     steps = args.physics_steps if physics else args.steps
-    # The second time it is only to improve what there is.
+    # The second time it only has to improve an existing model.
     peak = args.learning_rate / (4 if physics else 1)
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, min(50, steps // 10 + 1), steps + 1)
     optimiser = optax.chain(
@@ -429,7 +429,7 @@ def train(
                 surrogate, state, solved, unsolved, optimiser, args.physics_weight
             )
             losses.append(loss)
-            if step % 10 == 0:  # reading a loss waits for it
+            if step % 10 == 0:  # reading a loss blocks until it is computed
                 progress.set_postfix_str(f"loss {float(loss):.4f}")
     return surrogate, [float(loss) for loss in losses]
 
@@ -448,15 +448,15 @@ def predict(
 
     Returns:
 
-    The temperature at the nodes, zero outside of the plate; the relative error of the flux; and
-    the root mean square of the residual at random nodes.
+    The temperature at the nodes, zero outside the plate; the relative error of the flux; and the
+    root mean square of the residual at random nodes.
     """
     plate: Batch = jax.tree.map(
         lambda x: x[0], solved_batch([solution], args, np.random.default_rng(args.seed))
     )
     _, flux, state = encode(surrogate, plate.anchors, plate.cooling)
     points = grid(len(solution.field))[solution.inside.ravel()].astype(np.float32)
-    # Of equal size, so that there is one program for all chunks.
+    # Chunks of equal size, so that there is one compilation for all.
     padded = np.pad(points, ((0, -len(points) % chunk), (0, 0)))
     parts = [temperature(surrogate, state, jnp.asarray(x)) for x in padded.reshape(-1, chunk, 2)]
     field = np.zeros_like(solution.field)
@@ -466,7 +466,7 @@ def predict(
 
 
 def relative(predicted: Any, true: Any) -> float:
-    """The error's size as a share of what is right, both in the L2 norm."""
+    """The relative error in the L2 norm."""
     return float(np.linalg.norm(predicted - true) / np.linalg.norm(true))
 
 
@@ -519,7 +519,7 @@ def baselines(training: list[Solution], test: list[Solution]) -> dict[str, float
 
 
 def draw(surrogate: Surrogate, solutions: list[Solution], args: argparse.Namespace) -> Figure:
-    """Draws what is right, what is predicted, and the difference."""
+    """Plots the true values, the predictions, and the difference."""
     figure, axes = plt.subplots(
         len(solutions), 3, figsize=(8.4, 2.6 * len(solutions)), layout="constrained", squeeze=False
     )
@@ -621,7 +621,7 @@ def run(args: argparse.Namespace) -> int:
         f"residual {before['residual']:.2f} before, {after['residual']:.2f} after"
     )
 
-    # On a grid four times as fine, which nobody has trained on.
+    # On a grid four times as fine, which was not used in training.
     fine = [solve(s.plate, 4 * args.nodes - 3) for s in test[:3]]
     errors["transformer, four times finer"] = mean_error(
         (predict(surrogate, s, args)[0] for s in fine), fine

@@ -1,11 +1,12 @@
-"""Pretrains a language model: any mesh, any number of hosts, and killed at any moment it goes on.
+"""Pretrains a language model on any mesh and any number of hosts, and resumes after any crash.
 
     python examples/pretrain.py examples/configs/tiny.toml
 
-A run is its configuration file. Started again with the same file, also on another number of
-devices, it continues from its last checkpoint, with the loss curve it would have had. In its output
-folder are `checkpoints`, `metrics.jsonl`, and at the end, if one process ran it, `model`, which
-`eqx_transformer.interop.load` loads. It is made to be copied from; docs/pretraining.md explains it.
+A run is defined by its configuration file. Started again with the same file, even on another number
+of devices, it continues from its last checkpoint, with the loss curve it would have had. Its output
+folder has `checkpoints`, `metrics.jsonl`, and at the end, if a single process ran it, `model`,
+which `eqx_transformer.interop.load` loads. It is meant to be copied and adapted; see
+docs/pretraining.md.
 """
 
 import argparse
@@ -62,17 +63,18 @@ State = tuple[Llama, PyTree]
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line."""
+    """A user error, reported in one line."""
 
 
 # Configuration ------------------------------------------------------------------------------------
 
 
 class Section(AbstractConfig):
-    """Numbers that are not negative, and whole ones at least 1 where 0 is not the default."""
+    """A section whose numbers must not be negative; integers must be at least 1 unless 0 is the
+    default."""
 
     def check(self) -> None:
-        """Checks the values of the fields; names and types have been."""
+        """Checks the values of the fields; names and types have been checked already."""
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             value, least = getattr(self, field.name), int(field.type is int and field.default != 0)
             if field.type in (int, float) and not least <= value < math.inf:
@@ -82,14 +84,14 @@ class Section(AbstractConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """What is read, and how much of it in a step."""
+    """The data, and how much of it a step reads."""
 
     context: int  # tokens in a row
     batch: int  # rows in a step, on all devices together
     parts: int = 1  # how many parts the batch is computed in, one after another
     files: tuple[str, ...] = ()
-    """Patterns of `.npy` files, each a vector of token ids, document after document. If there are
-    none: the source of Python's standard library in bytes, each file after a token 256."""
+    """Patterns of `.npy` files, each a vector of token ids, document after document. If empty: the
+    source of Python's standard library in bytes, each file after a token 256."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,12 +105,12 @@ class OptimiserConfig(Section):
     b2: float = 0.95
     weight_decay: float = 0.1
     max_gradient_norm: float = 1.0
-    z_loss: float = 0.0  # how much it costs that logits are not log-probabilities
+    z_loss: float = 0.0  # the coefficient of the squared log-sum-exp of logits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
-    """A run: what a configuration file holds, section by section."""
+    """A run: the content of a configuration file, section by section."""
 
     output: str  # the folder of the run
     steps: int  # how many steps of the optimiser
@@ -119,8 +121,8 @@ class RunConfig(Section):
     seed: int = 0  # for the weights, the order of the data, and dropout
     save_every: int = 1000  # steps between checkpoints
     keep: int = 3  # how many checkpoints are kept
-    log_every: int = 10  # steps between readings of the losses, which wait for the devices
-    loss_chunk: int = 512  # for how many tokens of a row there are logits at a time
+    log_every: int = 10  # steps between readings of the losses, which block on the devices
+    loss_chunk: int = 512  # how many tokens of a row have logits at a time
     tensorboard: bool = False  # whether to write metrics for TensorBoard, too; needs `tensorboardX`
 
     def check(self) -> None:
@@ -145,11 +147,11 @@ class RunConfig(Section):
                 raise ValueError(f"optimiser.{name}={value} must be below 1.")
 
     def identity(self, rows: int) -> dict[str, Any]:
-        """What the loss curve depends on, by dotted names; where and how fast it runs is not.
-        How many rows of data there are is: all of them are in another order if some are added."""
+        """Everything that the loss curve depends on, by dotted names, but not where and how fast it
+        runs. It includes the number of rows: adding some would change the order of all."""
         sections = {name: getattr(self, name).to_dict() for name in ("model", "data", "optimiser")}
         found = {f"{name}.{k}": x for name, fields in sections.items() for k, x in fields.items()}
-        # As it is read again.
+        # In the form in which it is read again.
         others = {"seed": self.seed, "steps": self.steps, "rows": rows}
         return json.loads(json.dumps({**others, **found}))
 
@@ -162,7 +164,7 @@ def read_config(path: Path) -> RunConfig:
         return RunConfig.from_dict(fields)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # those of TOML and JSON are, too
+    except ValueError as error:  # errors of TOML and JSON are ValueErrors, too
         raise UserError(f"{path}: {error}") from error
 
 
@@ -177,10 +179,10 @@ def standard_library() -> np.ndarray:
 
 
 def shuffled(index: np.ndarray, size: int, seed: tuple[int, ...]) -> np.ndarray:
-    """Where a permutation of `range(size)` takes some indices.
+    """The images of some indices under a random permutation of `range(size)`.
 
-    A Feistel network permutes the numbers of some bits; where it leads out of the range it is
-    applied again. So any part of the order of any amount of data is known without the rest of it.
+    A Feistel network permutes the integers of a number of bits; where the result is out of range,
+    it is applied again. So any part of the order can be computed without the rest.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64(2**half - 1)
@@ -198,7 +200,7 @@ def shuffled(index: np.ndarray, size: int, seed: tuple[int, ...]) -> np.ndarray:
 
 
 class Stream:
-    """Packed documents in rows, in an order that depends on the seed and the step alone.
+    """Packed documents in rows, in an order that depends only on the seed and the step.
 
     Every row is read once before any is read again.
     """
@@ -207,13 +209,15 @@ class Stream:
         self.batch, self.context, self.seed = config.batch, config.context, seed
         if config.files:
             names = sorted(name for pattern in config.files for name in glob.glob(pattern))
-            # Mapped, not read: as much data as there is, on every host.
+            # Memory-mapped, so that every host can have all data, however large.
             self.texts = [np.load(name, mmap_mode="r") for name in names]
         else:
             self.texts = [standard_library()]
         for text in self.texts:
             if text.ndim != 1 or not np.issubdtype(text.dtype, np.integer):
-                raise UserError(f"data.files: {text.dtype}{list(text.shape)} is no vector of ids")
+                raise UserError(
+                    f"data.files: {text.dtype}{list(text.shape)} is not a vector of ids"
+                )
         # A row has the first token of the next one as its last target.
         counts = [max(0, len(text) - 1) // self.context for text in self.texts]
         self.ends, self.rows = list(itertools.accumulate(counts)), sum(counts)
@@ -259,7 +263,7 @@ def make_optimiser(
 
 
 def make_state(config: RunConfig, *, key: Array) -> State:
-    """What there is before the first step."""
+    """The model and the optimiser's state before the first step."""
     model = Llama(config.model, key=key)
     optimiser, _ = make_optimiser(config.optimiser, config.steps)
     return model, optimiser.init(eqx.filter(model, eqx.is_inexact_array))
@@ -274,13 +278,13 @@ def make_step(
 
     def loss(model: Llama, batch: Any) -> tuple[Array, Array]:
         tokens, keys = batch
-        # Weights are gathered where they are used, and travel in the dtype that computes.
+        # Weights are gathered where they are used, and travel in the compute dtype.
         model = gathered(model, mesh, rules, dtype=config.model.dtype)
         model = context_parallel(model, mesh, rules)
-        # Where rows are split as well: one token is only read as a target, so the rest divides.
+        # Rows may be split, too: without the last token, which is only a target, they divide.
         inputs = jax.lax.with_sharding_constraint(tokens[:, :-1], of_rows)
         hidden = jax.vmap(lambda row, key: model.hidden(row, key=key))(inputs, keys)
-        # In chunks of every row, not of all rows, which lie on different devices.
+        # In chunks of every row on its own, since rows are on different devices.
         of_row = functools.partial(cross_entropy_from_hidden, model.logits, **chunked)
         losses = jax.vmap(of_row)(hidden, tokens[:, 1:])
         return losses.sum(), jnp.asarray(losses.size)
@@ -302,8 +306,8 @@ def make_step(
 
 
 class Checkpoints:
-    """Models and optimisers on the disk: every process writes what its devices hold, while
-    training goes on. A checkpoint is there whole or not at all."""
+    """Models and optimisers on disk: every process writes what its devices hold, while training
+    continues. Checkpoints are atomic."""
 
     def __init__(self, config: RunConfig, rows: int):
         self.config, self.identity = config, config.identity(rows)
@@ -314,13 +318,13 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(folder, options=options)
 
     def save(self, step: int, state: State) -> None:
-        """Begins to save what there is after `step` steps; waits for the save before, if any."""
+        """Begins to save the state after `step` steps; waits for the previous save, if any."""
         run = ocp.args.JsonSave(self.identity)
         arrays = ocp.args.StandardSave(named(state))
         self.manager.save(step, args=ocp.args.Composite(run=run, state=arrays), force=True)
 
     def restore(self, step: int, make: Callable[..., State], mesh: Mesh, rules: Rules) -> State:
-        """What was saved after `step` steps, on whatever devices, read onto these."""
+        """The state saved after `step` steps, on whatever devices, loaded onto these."""
         part: Any = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
         for name, mine in self.identity.items():
             if part.run.get(name) != mine:
@@ -337,18 +341,18 @@ class Checkpoints:
 
 
 def named(state: PyTree) -> dict[str, Any]:
-    """The arrays by their paths: a checkpoint knows names and no classes."""
+    """The arrays by their paths: a checkpoint has names but no classes."""
     arrays = eqx.filter(state, lambda x: eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct))
     leaves = jax.tree_util.tree_leaves_with_path(arrays)
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
 
 
 class Metrics:
-    """What is measured at every step, in a file with a line of JSON for each; the first host's."""
+    """The metrics of every step, in a file with a line of JSON each, written by the first host."""
 
     def __init__(self, config: RunConfig, start: int):
         self.path = Path(config.output) / "metrics.jsonl"
-        # Steps after the checkpoint will be done again, and the last line may be half of one.
+        # Steps after the checkpoint will be repeated, and the last line may be incomplete.
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         lines = [x for x in lines if x.endswith("}") and json.loads(x)["step"] < start]
         temporary = self.path.with_suffix(".tmp")
@@ -396,7 +400,7 @@ def train(config: RunConfig) -> int:
     step_fn = make_step(config, optimiser, mesh, rules)
     row = jax.ShapeDtypeStruct((config.data.context,), jnp.int32)
     forward = model_flops(eqx.nn.inference_mode(state[0]), row)
-    work = {  # of a step; backward is twice as much as forward
+    work = {  # per step; the backward pass is twice the forward pass
         "tokens_per_second": config.data.batch * config.data.context,
         "model_flops_per_second": 3 * config.data.batch * forward,
     }
@@ -407,7 +411,7 @@ def train(config: RunConfig) -> int:
         axes = {name: size for name, size in mesh.shape.items() if size > 1}
         print(f"{sizes}, mesh {axes}, from step {start}", flush=True)
 
-    # A step is finished and saved before the end.
+    # On a signal, the current step is finished and saved before the program ends.
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -451,7 +455,7 @@ def train(config: RunConfig) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the program and returns its exit status."""
-    parser = argparse.ArgumentParser(description="Pretrain a language model, or go on with it.")
+    parser = argparse.ArgumentParser(description="Pretrain a language model, or resume a run.")
     add = parser.add_argument
     add("config", type=Path, help="a configuration in TOML or JSON; see examples/configs")
     add("--output", help="the folder of the run, in place of the configuration's")

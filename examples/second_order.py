@@ -2,12 +2,12 @@
 
     python examples/second_order.py
 
-Every particle of a set has an energy: the sum of what it feels from all others. The network, one
+Every particle of a set has an energy: the sum of its interactions with all others. The network, one
 block of attention, learns it from positions. Levenberg-Marquardt (optimistix) takes the Jacobian of
 all residuals, in forward mode, through attention, and solves a linear problem in every step; Adam
 follows the gradient. Both see all the data in every step and start from the same weights, in
-float64. In the folder `runs/second_order` there are at the end `results.json` and `losses.png`, the
-losses over time. Takes a minute and a half on two CPU cores, and needs the extra `examples`.
+float64. The results, `results.json` and the losses over time, `losses.png`, are in the folder
+`runs/second_order`. It takes a minute and a half on two CPU cores, and needs the extra `examples`.
 """
 
 import argparse
@@ -43,11 +43,11 @@ History = list[tuple[float, float]]
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line."""
+    """A user error, reported in one line."""
 
 
 def draw_sets(count: int, particles: int, key: PRNGKeyArray) -> Sets:
-    """Random particles in a square, that attract those nearby."""
+    """Random particles in a square, which attract those nearby."""
     where = jax.random.uniform(key, (count, particles, 2), minval=-1.5, maxval=1.5)
     apart = ((where[:, :, None] - where[:, None]) ** 2).sum(-1)
     energy = jnp.exp(-apart).sum(-1) - 1  # not from itself
@@ -55,7 +55,7 @@ def draw_sets(count: int, particles: int, key: PRNGKeyArray) -> Sets:
 
 
 class Regressor(eqx.Module):
-    """The energies of the particles of one set; in whatever order they are."""
+    """The energies of the particles of one set, equivariant to their order."""
 
     embed: Linear
     block: Any
@@ -73,13 +73,13 @@ class Regressor(eqx.Module):
 
 
 def residuals(model: Regressor, sets: Sets) -> Float[Array, " residuals"]:
-    """What the model gets wrong; the loss is half the sum of their squares."""
+    """The residuals of the model; the loss is half the sum of their squares."""
     where, energy = sets
     return (jax.vmap(model)(where) - energy).reshape(-1)
 
 
 def mean_square(model: Regressor, sets: Sets) -> Float[Array, ""]:
-    """The loss that is shown."""
+    """The loss that is reported."""
     return jnp.mean(residuals(model, sets) ** 2)
 
 
@@ -135,7 +135,7 @@ def fit(
     Returns:
 
     The weights, the loss after every `record` steps with the seconds that it took to get there,
-    and the seconds that compilation took, which are not among them.
+    and the seconds for compilation, which those do not include.
     """
     begin = time.perf_counter()
     step, loss = eqx.filter_jit(step), eqx.filter_jit(loss)

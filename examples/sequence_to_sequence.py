@@ -4,9 +4,9 @@
 
 "the 3rd of May, 1998", "5/3/98" and "Sun 3 May 1998" all become "1998-05-03". Dates that were never
 trained on, in any spelling, are then decoded with beam search and counted if every character is
-right. In the folder `runs/sequence_to_sequence` there are at the end the losses and a picture of
-the attention of the decoder to the source. Takes a minute and a half on two CPU cores, and needs
-the extra `examples`.
+right. The losses and a picture of the attention of the decoder to the source are in the folder
+`runs/sequence_to_sequence`. It takes a minute and a half on two CPU cores, and needs the extra
+`examples`.
 """
 
 import argparse
@@ -48,7 +48,7 @@ Pairs = tuple[Int[np.ndarray, "batch source_seq"], Int[np.ndarray, "batch target
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line."""
+    """A user error, reported in one line."""
 
 
 # Dates --------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ SPELLINGS = (
 
 
 def spell(date: datetime.date, rng: random.Random) -> str:
-    """The date in one of many spellings, of which none could be another date as well."""
+    """The date in one of many spellings, each of which is unambiguous."""
     suffix = {1: "st", 2: "nd", 3: "rd"}.get(date.day % 10 if date.day // 10 != 1 else 0, "th")
     text = rng.choice(SPELLINGS).format(
         date=date,
@@ -90,7 +90,7 @@ def encode(text: str) -> list[int]:
 
 
 def decode(tokens: Int[np.ndarray, " seq"]) -> str:
-    """The text of printable characters: all others are padding, or begin or end it."""
+    """The text of the printable characters: all others are padding, or begin or end the text."""
     return "".join(chr(token) for token in tokens.tolist() if chr(token).isprintable())
 
 
@@ -102,7 +102,7 @@ def pairs(dates: list[datetime.date], rng: random.Random) -> Pairs:
 
 
 def split(held_out: int) -> tuple[list[datetime.date], list[datetime.date]]:
-    """Dates to train on, and others: always the same ones."""
+    """Dates to train on, and held-out ones: always the same."""
     days = list(range(FIRST.toordinal(), LAST.toordinal() + 1))
     random.Random(0).shuffle(days)
     dates = [datetime.date.fromordinal(day) for day in days]
@@ -132,7 +132,7 @@ def make_model(seed: int) -> EncoderDecoder:
 
 
 def loss_of(model: EncoderDecoder, sources: Array, targets: Array) -> Float[Array, ""]:
-    """Mean cost in nats of a character, given the source and the characters before it."""
+    """Mean cross-entropy of a character in nats, given the source and the characters before it."""
     logits = jax.vmap(model)(sources, targets[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets[:, 1:]).mean()
 
@@ -171,7 +171,7 @@ def train(
             batch = pairs(rng.choices(dates, k=args.batch), rng)
             model, state, loss = train_step(model, state, batch, optimiser)
             losses.append(loss)
-            if step % 20 == 0:  # reading a loss waits for it
+            if step % 20 == 0:  # reading a loss blocks until it is computed
                 progress.set_postfix_str(f"loss {float(loss):.3f}")
     return model, [float(loss) for loss in losses]
 
@@ -204,7 +204,7 @@ def look(
 ) -> tuple[Float[Array, "seq vocab"], Float[Array, "layers heads seq source_seq"]]:
     """What `model(source, target)` returns, and the weights with which the decoder attends.
 
-    Attention never has its weights in one piece, so the decoder's layers are applied here one by
+    Fused attention does not return its weights, so the decoder's layers are applied here one by
     one, with attention to the source written out.
     """
     encoded = model.encode(source)
@@ -215,7 +215,7 @@ def look(
             attention = block.cross_attention
             q = attention.q_proj(h).reshape(h.shape[0], -1, attention.head_dim)
             memory = attention.project(encoded.memory)
-            # They would be something else if they were stored in eight bits.
+            # Narrows the types: in eight bits they would be `Int8Vectors`.
             assert isinstance(memory.k, jax.Array) and isinstance(memory.v, jax.Array)
             weights = attention_weights(q, memory.k, mask=encoded.mask)
             out = jnp.einsum("hts,shd->thd", weights, memory.v)
@@ -236,7 +236,7 @@ def look(
 
 
 def draw(model: EncoderDecoder, text: str, path: Path) -> None:
-    """Draws where the decoder looks while it normalises `text`: one panel a block."""
+    """Plots where the decoder looks while it normalises `text`: one panel per block."""
     source = jnp.asarray(encode(text), jnp.int32)
     written = np.asarray(normalise(model, source[None])[0][0])
     target = jnp.asarray([BEGIN, *written[:-1].tolist()], jnp.int32)

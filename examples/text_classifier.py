@@ -1,13 +1,12 @@
-"""Trains an encoder to tell which part of Python's standard library a few lines are from.
+"""Trains an encoder to tell which part of Python's standard library a few lines come from.
 
     python examples/text_classifier.py
 
 The text is the source code of the standard library, which is on every machine, as a sequence of
-words. Files are held out as a whole, so nothing of what the model is tested on was there in
-training. It is compared with the most frequent class, and with logistic regression on how often
-each word occurs. In the folder `runs/text_classifier` there are at the end the results and a
-picture of the confusion matrix. Takes a minute and a half on two CPU cores, and needs the extra
-`examples`.
+words. Whole files are held out, so nothing that the model is tested on was seen in training. It is
+compared with the most frequent class, and with logistic regression on how often each word occurs.
+The results and a picture of the confusion matrix are in the folder `runs/text_classifier`. It takes
+a minute and a half on two CPU cores, and needs the extra `examples`.
 """
 
 import argparse
@@ -47,17 +46,17 @@ CLASSES = {
     "unittest": ("unittest", "doctest.py"),
     "xml": ("xml", "html", "xmlrpc"),
 }
-"""What there is to tell apart, and the packages and modules that each is made of."""
+"""The classes, and the packages and modules of each."""
 
 PAD, UNKNOWN = 0, 1
-"""Token ids that stand for no word, and for all words outside of the vocabulary."""
+"""Token ids for padding, and for all words outside the vocabulary."""
 VOCAB_SIZE = 2048
 MAX_LEN = 96
 """Words of a snippet, padding included."""
 MIN_LEN = 32
-"""Words of a snippet at least."""
+"""The fewest words of a snippet."""
 WORD_DROPOUT = 0.3
-"""How many words are hidden in training."""
+"""The share of words that are hidden in training."""
 
 Files = list[list[bytes]]
 """The texts of every class."""
@@ -68,7 +67,7 @@ Snippets = tuple[Int[np.ndarray, "batch seq"], Int[np.ndarray, " batch"]]
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line."""
+    """A user error, reported in one line."""
 
 
 # Text ---------------------------------------------------------------------------------------------
@@ -92,13 +91,13 @@ def read_files() -> Files:
 
 
 def split(classes: Files) -> tuple[Files, Files]:
-    """Files to train on, and of each class every fourth held out, though never the longest."""
+    """Files to train on, and every fourth of each class held out, but never the longest."""
     training = [[text for i, text in enumerate(texts) if i % 4 != 2] for texts in classes]
     return training, [texts[2::4] for texts in classes]
 
 
 def words(text: bytes) -> list[bytes]:
-    """Runs of letters, `CamelCase` and `snake_case` taken apart, and single signs."""
+    """Runs of letters, with `CamelCase` and `snake_case` split, and single symbols."""
     pieces = re.findall(rb"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+|[^\sA-Za-z0-9_]", text)
     return [piece.lower() for piece in pieces]
 
@@ -125,7 +124,7 @@ def pad(pieces: list[Int[np.ndarray, " words"]], labels: list[int]) -> Snippets:
 
 
 def consecutive(classes: Tokens) -> Snippets:
-    """All text, in snippets one after the other."""
+    """All text, in consecutive snippets."""
     pieces, labels = [], []
     for label, texts in enumerate(classes):
         for text in texts:
@@ -136,7 +135,7 @@ def consecutive(classes: Tokens) -> Snippets:
 
 
 def draw_snippets(classes: Tokens, count: int, rng: np.random.Generator) -> Snippets:
-    """Snippets of any length from anywhere; all classes are as frequent."""
+    """Snippets of any length from anywhere; all classes are equally frequent."""
     pieces, labels = [], rng.integers(len(classes), size=count).tolist()
     for label in labels:
         texts = classes[label]
@@ -145,7 +144,7 @@ def draw_snippets(classes: Tokens, count: int, rng: np.random.Generator) -> Snip
         length = rng.integers(MIN_LEN, MAX_LEN + 1)
         start = rng.integers(0, max(len(text) - length, 0) + 1)
         piece = text[start : start + length]
-        # Words that are hidden at random keep the model from learning the snippets by heart.
+        # Hiding words at random keeps the model from memorising the snippets.
         pieces.append(np.where(rng.random(len(piece)) < WORD_DROPOUT, np.int32(UNKNOWN), piece))
     return pad(pieces, labels)
 
@@ -186,7 +185,7 @@ def make_model(seed: int) -> SequenceClassifier:
 def loss_of(
     model: SequenceClassifier, tokens: Array, labels: Array, key: PRNGKeyArray
 ) -> Float[Array, ""]:
-    """Mean cost of a class in nats."""
+    """Mean cross-entropy of a class in nats."""
     keys = jax.random.split(key, len(tokens))
     logits = jax.vmap(lambda row, key: model(row, key=key))(tokens, keys)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -207,7 +206,7 @@ def train_step(
 
 @eqx.filter_jit
 def predict(model: SequenceClassifier, tokens: Int[Array, "count seq"]) -> Int[Array, " count"]:
-    """The most probable classes; some at a time, for the sake of memory."""
+    """The most probable classes, a few at a time to save memory."""
     model = eqx.nn.inference_mode(model)
     return jax.lax.map(lambda row: model(row).argmax(), tokens, batch_size=32)
 
@@ -237,7 +236,7 @@ def train(
             batch = (*draw_snippets(classes, args.batch, rng), key)
             model, state, loss = train_step(model, state, batch, optimiser)
             losses.append(loss)
-            if step % 10 == 0:  # reading a loss waits for it
+            if step % 10 == 0:  # reading a loss blocks until it is computed
                 progress.set_postfix_str(f"loss {float(loss):.3f}")
     return model, [float(loss) for loss in losses]
 
@@ -246,7 +245,7 @@ def train(
 
 
 def draw(confusion: Int[np.ndarray, "classes classes"], title: str, path: Path) -> None:
-    """Draws how often which class was taken for which."""
+    """Plots how often each class was taken for each other."""
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
     image = axes.imshow(share, vmin=0, vmax=1, cmap="Blues")

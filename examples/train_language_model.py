@@ -3,10 +3,10 @@
     python examples/train_language_model.py
 
 The text is the source code of the Python standard library, which is on every machine; `--text`
-takes any file instead. Training prints samples that get better as it goes. At the end there are,
-in the folder `runs/language_model`, a checkpoint and a picture of the loss; the checkpoint is
-loaded again and samples the same text. Takes a minute and a half on two CPU cores, and needs the
-extra `examples`.
+takes any file instead. Training prints samples, which improve over time. At the end the folder
+`runs/language_model` has a checkpoint and a picture of the loss; the checkpoint is loaded again and
+samples the same text. It takes a minute and a half on two CPU cores, and needs the extra
+`examples`.
 """
 
 import argparse
@@ -43,11 +43,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 Rows = tuple[Int[np.ndarray, "batch context+1"], Int[np.ndarray, "batch context+1"]]
-"""Rows of text, and the document each byte is of."""
+"""Rows of text, and the document that each byte is from."""
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line."""
+    """A user error, reported in one line."""
 
 
 # Text ---------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def read_documents(text: Path | None) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Packed:
-    """Documents one after the other: their bytes, and the document each byte is of."""
+    """Concatenated documents: their bytes, and the document that each byte is from."""
 
     tokens: Int[np.ndarray, " bytes"]
     documents: Int[np.ndarray, " bytes"]
@@ -90,7 +90,7 @@ class Packed:
 
 
 def split(documents: dict[str, bytes], context: int) -> tuple[Packed, Packed]:
-    """Documents for training, and the tenth or so held out: always the same ones."""
+    """Documents for training, and about a tenth held out: always the same ones."""
     held_out = [name for name in documents if zlib.crc32(name.encode()) % 10 == 0]
     parts = (
         Packed.pack([text for name, text in documents.items() if name not in held_out]),
@@ -107,7 +107,7 @@ def split(documents: dict[str, bytes], context: int) -> tuple[Packed, Packed]:
 
 
 def batches(text: Packed, batch: int, context: int, seed: int) -> Iterator[Rows]:
-    """Rows from random places, without end."""
+    """Rows from random places, endlessly."""
     random = np.random.default_rng(seed)
     while True:
         yield text.rows(random.integers(0, len(text.tokens) - context, batch), context)
@@ -117,10 +117,10 @@ def batches(text: Packed, batch: int, context: int, seed: int) -> Iterator[Rows]
 
 
 def bits_per_byte(model: Llama, rows: Any) -> Float[Array, ""]:
-    """Mean cost of a byte given those before it in its document."""
+    """Mean cross-entropy of a byte in bits, given those before it in its document."""
 
     def of_row(tokens: Array, documents: Array) -> tuple[Array, Array]:
-        # Attention stays within a document; being causal is the model's own business.
+        # Attention stays within a document; the model itself is causal.
         logits = model(tokens[:-1], mask=Segments(documents[:-1]))
         costs = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])
         counts = documents[1:] == documents[:-1]
@@ -156,7 +156,7 @@ evaluate = eqx.filter_jit(bits_per_byte)
 
 @dataclass
 class History:
-    """Costs in bits per byte, by step."""
+    """Losses in bits per byte, by step."""
 
     train: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
@@ -183,11 +183,11 @@ class History:
 
 
 def write_sample(model: Llama, prompt: str, count: int, key: PRNGKeyArray) -> str:
-    """The prompt and what the model makes of it."""
+    """The prompt and the model's continuation."""
     tokens = jnp.asarray(list(prompt.encode()), jnp.int32)
     new = generate(model, tokens, max_new_tokens=count, temperature=0.7, top_p=0.95, key=key)
     text = prompt + bytes(np.asarray(new).tolist()).decode(errors="replace")
-    # An untrained model writes control characters, which a terminal would obey.
+    # An untrained model writes control characters, which a terminal would interpret.
     return "".join(c if c.isprintable() or c == "\n" else "\N{MIDDLE DOT}" for c in text)
 
 
@@ -200,8 +200,8 @@ def show(text: str) -> None:
 def interrupted() -> Iterator[threading.Event]:
     """An event that Ctrl-C sets the first time, instead of raising an exception.
 
-    In the middle of a step, where the old model is given away and the new one is not there yet, an
-    exception would lose both.
+    In the middle of a step, when the old model has been donated and the new one does not exist yet,
+    an exception would lose both.
     """
     event, before = threading.Event(), signal.getsignal(signal.SIGINT)
 
@@ -249,7 +249,7 @@ def train(
             model, state, loss = train_step(model, state, rows, optimiser)
             recent.append(loss)
             if len(recent) == 10 or step == args.steps - 1:
-                # Reading a loss waits for it, so this is not done at every step.
+                # Reading a loss blocks until it is computed, so this is not done at every step.
                 history.train.append((step, float(np.mean([float(x) for x in recent]))))
                 recent.clear()
                 rate = progress.format_dict["rate"] or 0.0
@@ -312,7 +312,7 @@ def run(args: argparse.Namespace) -> int:
             num_heads=args.num_heads,
             num_kv_heads=args.num_kv_heads,
             max_len=max_len,
-            # Samples may be longer than rows: no position sees further than in training.
+            # Samples may be longer than rows: so no position sees further than in training.
             window=args.context,
         )
     except ValueError as error:

@@ -35,12 +35,12 @@ MESSAGES = {
     "one token": (
         "ValueError",
         "Llama takes one example: tokens has 0 axes () but must be [seq]; add the missing "
-        "ones, e.g. with tokens[None], or leave out a jax.vmap.",
+        "axes, e.g. with tokens[None], or leave out a jax.vmap.",
     ),
     "vmap over a single text": (
         "ValueError",
         "Llama takes one example: tokens has 0 axes () but must be [seq]; add the missing "
-        "ones, e.g. with tokens[None], or leave out a jax.vmap.",
+        "axes, e.g. with tokens[None], or leave out a jax.vmap.",
     ),
     "tokens as a list": (
         "ValueError",
@@ -48,7 +48,7 @@ MESSAGES = {
     ),
     "tokens as floats": (
         "ValueError",
-        "Embedding: tokens have dtype float32 but are ids, which are integers; use "
+        "Embedding: tokens have dtype float32 but must be integer ids; use "
         "tokens.astype(jnp.int32).",
     ),
     "text too long": (
@@ -79,8 +79,8 @@ MESSAGES = {
     ),
     "heads that do not divide": (
         "ValueError",
-        "attention: heads=4 is not a multiple of kv_heads=3; every key head must serve as "
-        "many query heads.",
+        "attention: heads=4 is not a multiple of kv_heads=3; every key head must serve the "
+        "same number of query heads.",
     ),
     "dtypes mixed": (
         "ValueError",
@@ -117,12 +117,12 @@ MESSAGES = {
     # Masks
     "array as mask": (
         "ValueError",
-        "Llama: mask is an array, but masks are values: Dense(matrix) for one flag a query "
-        "and key, Padding(flags) for one a key; see eqx_transformer.attention.",
+        "Llama: mask is an array but must be a mask: Dense(matrix) for one flag per query and "
+        "key, Padding(flags) for one per key; see eqx_transformer.attention.",
     ),
     "array as mask of attention": (
         "ValueError",
-        "attention: mask must be a mask value but is a ArrayImpl; wrap a boolean matrix in "
+        "attention: mask must be a mask but has type ArrayImpl; wrap a boolean matrix in "
         "Dense(...), a function in Predicate(...), a row of flags in Padding(...).",
     ),
     "matrix of the wrong size": (
@@ -173,13 +173,13 @@ MESSAGES = {
     ),
     "cache of a deeper model": (
         "ValueError",
-        "Stack: the cache has an array of shape (3, 4, 16, 4), but there are num_layers=2, "
-        "which its first axis counts; make it with init_cache of this model.",
+        "Stack: the cache has an array of shape (3, 4, 16, 4), but its first axis must be "
+        "num_layers=2; make it with init_cache of this model.",
     ),
     "cache of a model with other heads": (
         "ValueError",
-        "KVCache: (4, 6, 4) cannot be appended to (2, 16, 4), heads and positions first; make"
-        " the cache with init_cache of this model.",
+        "KVCache: vectors of shape (4, 6, 4) cannot be appended to slots of shape (2, 16, 4), "
+        "heads and positions first; make the cache with init_cache of this model.",
     ),
     "cache of another class": (
         "ValueError",
@@ -205,8 +205,8 @@ MESSAGES = {
     ),
     "prompt too long": (
         "ValueError",
-        "generate: 6 tokens of prompt and 20 more are more than max_len=16; shorten the "
-        "prompt or generate fewer.",
+        "generate: 6 tokens of prompt and 20 more exceed max_len=16; shorten the prompt or "
+        "generate fewer tokens.",
     ),
     "empty prompt": (
         "ValueError",
@@ -219,8 +219,8 @@ MESSAGES = {
     ),
     "generating with an encoder": (
         "ValueError",
-        "generate: TransformerEncoder has no init_cache and extend, so it cannot go on with a"
-        " text; use a decoder, such as Llama.",
+        "generate: TransformerEncoder has no init_cache and extend, so it cannot continue a "
+        "text; use a decoder, such as Llama.",
     ),
     "pages for one row": (
         "ValueError",
@@ -263,7 +263,7 @@ MESSAGES = {
     "num_heads and num_kv_heads": (
         "ValueError",
         "LlamaConfig: num_heads=4 is not a multiple of num_kv_heads=3; every key head must "
-        "serve as many query heads.",
+        "serve the same number of query heads.",
     ),
     "percent for a rate": (
         "ValueError",
@@ -320,7 +320,7 @@ MESSAGES = {
     ),
     "published weights by load": (
         "ValueError",
-        "load: FOLDER/llama/config.json is not a config of a checkpoint: it is that of "
+        "load: FOLDER/llama/config.json is not a config of a checkpoint: it belongs to "
         "published weights, which load_pretrained reads.",
     ),
     "own checkpoint by load_pretrained": (

@@ -1,9 +1,9 @@
 """The attention functions: arrays in, arrays out, no parameters.
 
-`dot_product_attention` is the one that masks, score mods, grouped queries, sinks and dropout go
-through; every implementation of it computes the same thing and every derivative of it. What is
-not of that form has a function of its own: `linear_attention`, and `paged_attention` and
-`ring_attention` for keys that lie in pages, or on other devices.
+`dot_product_attention` handles masks, score mods, grouped queries, sinks and dropout; all its
+implementations give the same result and every derivative of it. What does not fit it has a
+function of its own: `linear_attention`, and `paged_attention` and `ring_attention` for keys that
+are in pages, or on other devices.
 """
 
 from ._api import FEW_QUERIES as FEW_QUERIES

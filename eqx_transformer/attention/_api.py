@@ -1,4 +1,4 @@
-"""`dot_product_attention`: what attention means, what is checked, and who computes it."""
+"""`dot_product_attention`: what it computes, what it checks, and which implementation runs it."""
 
 from typing import Any, Final, Literal, NamedTuple, get_args
 
@@ -13,19 +13,19 @@ from ._reference import reference, weights
 from ._score_mods import ScoreMod
 
 Implementation = Literal["reference", "chunked", "cudnn", "pallas"]
-"""Who computes attention. All of them compute the same thing, and all derivatives of it.
+"""Which code computes attention. All give the same result, and every derivative of it.
 
 - `"reference"`: dense, the specification. Memory `O(heads * q_seq * kv_seq)`.
 - `"chunked"`: tile by tile, skipping what the mask excludes. Memory `O(seq)`.
 - `"cudnn"`: NVIDIA's fused kernels, on GPUs from Ampere on and for plain patterns only. Forward
-    mode and second derivatives are those of `"chunked"`.
+    mode and second derivatives are computed by `"chunked"`.
 - `"pallas"`: our own fused kernels for GPUs and TPUs, for every mask and nearly every score mod;
-    elsewhere they are interpreted, which is slow and for tests. They have not been run on a GPU or
-    a TPU yet, so they are used only where asked for.
+    on other platforms they are interpreted, which is slow and meant for tests. They have not been
+    run on a GPU or a TPU yet, so they are used only on request.
 """
 
 FEW_QUERIES: Final = 8
-"""Up to this many queries the dense computation is the faster one, and its memory is linear."""
+"""Up to this many queries, dense computation is faster and its memory still linear."""
 
 _IMPLEMENTATIONS: Final[dict[Implementation, Any]] = {
     "reference": reference,
@@ -59,30 +59,30 @@ def dot_product_attention(
         out[i, h] = sum_j softmax(score)[j] * v[j, g]
 
     A query that may attend to nothing gives zeros. Sums are accumulated in float32 or wider.
-    Batches, and anything else with more axes, are `jax.vmap`'s business. (Vaswani et al., 2017;
-    grouped queries: Ainslie et al., 2023.)
+    For batches, and any other leading axes, use `jax.vmap`. (Vaswani et al., 2017; grouped queries:
+    Ainslie et al., 2023.)
 
     Arguments:
 
     - `q`, `k`, `v`: queries, keys and values, of one dtype. `heads` must be a multiple of
-        `kv_heads`; consecutive heads share a key head, and keys are not copied for it.
+        `kv_heads`; consecutive query heads share a key head, without copies of the keys.
     - `mask`: who may attend to whom, on absolute positions; `None` means everyone to everyone.
     - `score_mod`: an elementwise function `(score, q_pos, kv_pos, head) -> score`. Arrays it holds
         or closes over get gradients.
     - `scale`: factor on the scores; `1 / sqrt(head_dim)` if not given.
     - `q_positions`, `kv_positions`: absolute positions, for masks and score mods;
-        `0, 1, 2, ...` if not given. Leave them out where that is what they are: then what the
-        mask excludes is known ahead of time.
+        `0, 1, 2, ...` if not given. Leave them out where the default is right: then what the mask
+        excludes is known at trace time.
     - `sinks`: a learnable score for each head that takes part in the softmax but carries no value
         (Xiao et al., 2024; GPT-OSS, 2025).
     - `dropout_rate`, `dropout_key`: the probability with which an attention weight is dropped.
         The same key drops the same weights in every implementation.
-    - `implementation`: who computes it. `None` chooses; see `explain_attention`. A named one runs
-        or raises.
-    - `block_size`: how many queries and keys are a tile, where scores are computed in tiles of our
-        choosing. It changes speed and memory alone; chosen by length and mask if not given. Kernels
-        take the next power of two from 16 to 128 on GPUs, the next multiple of 128 up to 512 on
-        TPUs.
+    - `implementation`: which implementation to use. `None` chooses one (see `explain_attention`);
+        a named one runs or raises.
+    - `block_size`: how many queries, and how many keys, a tile of scores has, for `"chunked"` and
+        `"pallas"`. It affects only speed and memory; chosen by length and mask if not given.
+        `"pallas"` rounds it up: to a power of two from 16 to 128 on GPUs, to a multiple of 128 up
+        to 512 on TPUs.
 
     Returns:
 
@@ -134,7 +134,7 @@ def attention_and_lse(
     implementation: Implementation | None = None,
     block_size: int | None = None,
 ) -> tuple[Float[Array, "q_seq heads v_dim"], Float[Array, "q_seq heads"]]:
-    """As `dot_product_attention`, and the logarithm of the softmax's denominator besides.
+    """Like `dot_product_attention`, but also returns the log of the softmax's denominator.
 
     Two results over disjoint keys can be merged exactly by their log-sum-exps, which is how
     attention is split over devices or over a cache. Both outputs are differentiable.
@@ -172,9 +172,9 @@ def attention_weights(
     kv_positions: Int[Array, " kv_seq"] | None = None,
     sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "heads q_seq kv_seq"]:
-    """The attention weights themselves, for looking at: dense, in float32 or wider.
+    """The attention weights themselves, for inspection: dense, in float32 or wider.
 
-    Arguments are those of `dot_product_attention`. Rows sum to one, to less with sinks, and to
+    Arguments are those of `dot_product_attention`. Rows sum to one; to less with sinks, and to
     zero where a query may attend to nothing.
     """
     inputs = make_inputs(
@@ -221,8 +221,8 @@ def explain_attention(
 ) -> Explanation:
     """Says which implementation `dot_product_attention` uses for these arguments, and why.
 
-    The decision depends on shapes, dtypes and kinds of mask alone, never on values, and nothing
-    is tried out. Print the result, or read its `chosen` and `reasons`.
+    The decision depends only on shapes, dtypes and kinds of mask, never on values, and nothing is
+    run. Print the result, or read its `chosen` and `reasons`.
     """
     inputs = make_inputs(
         q,
@@ -255,7 +255,7 @@ def _choose(
         if why is not None:
             raise ValueError(
                 f"attention: implementation={implementation!r} cannot compute this call: {why}. "
-                "Leave implementation out to have one chosen that can."
+                "Leave implementation out to use one that can."
             )
         reasons = dict.fromkeys(_IMPLEMENTATIONS, "not asked for")
         return Explanation(implementation, reasons | {implementation: "asked for by name"})

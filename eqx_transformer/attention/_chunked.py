@@ -24,8 +24,8 @@ def tilings(inputs: Inputs) -> list[Tiling]:
     """The ways to cut the scores that are worth considering, the longest tiles first.
 
     Measured on CPU by `tests/benchmarks/attention_cpu.py`: small enough that a tile of scores stays
-    in cache, also under `vmap` over a batch, large enough that the products use every core. Small
-    tiles fit a narrow band better, but each of their scores costs more.
+    in cache, even under `vmap` over a batch, and large enough that the matrix products use every
+    core. Small tiles fit a narrow band better, but cost more per score.
     """
     if inputs.block_size is not None:
         size = inputs.block_size
@@ -39,10 +39,10 @@ def tilings(inputs: Inputs) -> list[Tiling]:
 
 
 def _even(seq: int, size: int) -> int:
-    """The length of tiles of at most `size`, such that the last one is not mostly padding."""
+    """A tile length of at most `size` for which the last tile is not mostly padding."""
     tiles = max(1, -(-seq // size))
     each = max(1, -(-seq // tiles))
-    # Products like lengths that fill vector registers; a sequence that is one tile is not padded.
+    # Products are faster if lengths fill vector registers; a sequence of one tile is not padded.
     return each if tiles == 1 else -(-each // 16) * 16
 
 
@@ -63,7 +63,7 @@ class _Tiled(eqx.Module):
 
     def __init__(self, inputs: Inputs):
         self.inputs = inputs
-        # Scaling queries saves a pass over the scores; in a narrow dtype it would round them.
+        # Scaling the queries saves a pass over the scores, but in a narrow dtype would round them.
         wide = inputs.q.dtype == inputs.dtype
         self.q_scale, self.score_scale = (inputs.scale, 1.0) if wide else (1.0, inputs.scale)
         candidates = [(x, tile_lists(inputs, x)) for x in tilings(inputs)]
@@ -120,7 +120,7 @@ class _Tiled(eqx.Module):
         """Scores of tile `(i, j)` with `-inf` where the pair may not attend."""
         allowed = self.inputs.allowed(*self.positions(i, j))
         allowed &= self.kv_index(j)[None, :] < self.inputs.kv_seq
-        # Once for all heads: fused into the selection it would be computed for each.
+        # Computed once for all heads: fused into the selection, it would be recomputed for each.
         allowed = jax.lax.optimization_barrier(allowed)
         return self.by_kv_head(jnp.where(allowed[None], self.by_head(scores), -jnp.inf))
 
@@ -151,7 +151,7 @@ class _Tiled(eqx.Module):
         return weights if factor is None else weights * self.by_kv_head(factor)
 
     def dot(self, spec: str, a: Array, b: Array) -> Array:
-        """A product of tiles: operands in the dtype of the inputs, sums in the wide one."""
+        """A product of tiles: operands in the dtype of the inputs, accumulated in the wide one."""
         dtype = self.inputs.q.dtype
         return jnp.einsum(
             spec,
@@ -161,7 +161,7 @@ class _Tiled(eqx.Module):
         )
 
     def zeros(self, *shape: int) -> Array:
-        """Zeros to accumulate in, typed like everything they will be added to."""
+        """Zeros to accumulate in, which vary over the same mesh axes as the inputs."""
         return vary_alike(jnp.zeros(shape, self.inputs.dtype), like=self.inputs)
 
 
@@ -230,11 +230,11 @@ def _may_be_empty(inputs: Inputs) -> bool:
 
 
 def _finite(inputs: Inputs, peak: Array) -> Array:
-    """The greatest scores of rows, as numbers to subtract.
+    """The greatest score of each row, made finite so that it can be subtracted.
 
-    A row that has seen no key has the peak -inf, and -inf - -inf is NaN. Where no row is like that
-    there is no selection: XLA on CPU knows product, softmax and product as one operation, but not
-    with anything in between.
+    A row that has seen no key has the peak -inf, and -inf - -inf is NaN. If no row can be empty,
+    there is no selection: XLA on CPU fuses product, softmax and product, but only with nothing in
+    between.
     """
     return jnp.where(jnp.isneginf(peak), 0, peak) if _may_be_empty(inputs) else peak
 
@@ -297,7 +297,7 @@ def transpose(
     """The transpose of `tangent`: cotangents of the inputs named in `wanted`.
 
     With `dp` for the cotangent of an attention weight, that of its score is
-    `p * (dp - sum(dout * out) + dlse)`; the middle term is one number a row.
+    `p * (dp - sum(dout * out) + dlse)`; the middle term is one number per row.
     """
     inputs, out, lse = residuals
     dout, dlse = cotangents
@@ -307,8 +307,8 @@ def transpose(
     delta = tiled.split_q(delta)[..., 0]
     dout = tiled.split_q(dout)
     row_lse = _row_lse(tiled, lse)
-    # Products that contract the rows of the left side are slow on CPU. Transposing the short
-    # sides once, and accumulating the transposes of `dk` and `dv`, avoids them.
+    # Products that contract the rows of the left operand are slow on CPU. Transposing the short
+    # operands once, and accumulating the transposes of `dk` and `dv`, avoids them.
     q_t, dout_t = tiled.q.mT, dout.mT
     mod, mod_static = eqx.partition(inputs.score_mod, eqx.is_inexact_array)
     mod_wanted = "score_mod" in wanted
@@ -360,7 +360,7 @@ def transpose(
     return result
 
 
-# Slices and not `x.at[i]`, which checks its indices with a pass over what it updates.
+# Slices, not `x.at[i]`, whose bounds check takes a pass over what it updates.
 def _at(x: Array, index: Any) -> Array:
     return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
 
@@ -377,7 +377,7 @@ def _row_lse(tiled: _Tiled, lse: Float[Array, "q_seq heads"]) -> Array:
 
 
 def _row_sinks(tiled: _Tiled, sinks: Array | None = None) -> Array:
-    """Sink scores by tile: one number a head, repeated over the rows of the head."""
+    """Sink scores by tile: one number per head, repeated over the rows of the head."""
     sinks = tiled.inputs.sinks if sinks is None else sinks
     assert sinks is not None
     rows, kv_heads, height, _ = tiled.q.shape
@@ -388,7 +388,7 @@ def _row_sinks(tiled: _Tiled, sinks: Array | None = None) -> Array:
 
 
 def _is_one_tile(tiles: TileList) -> bool:
-    """Whether nothing is left to loop over or to decide."""
+    """Whether there is neither a loop nor anything to decide at run time."""
     return len(tiles.rows) == 1 and tiles.live is None
 
 
@@ -400,7 +400,7 @@ def _visit(
         if _is_one_tile(tiles):
             state = step(state, (int(tiles.rows[0]), int(tiles.columns[0]), None), tiles)
             continue
-        # Varying like the rest, because a batched `cond` becomes a selection among its operands.
+        # Must vary like the rest: a batched `cond` becomes a selection among its operands.
         indices = vary_alike(
             (jnp.asarray(tiles.rows, jnp.int32), jnp.asarray(tiles.columns, jnp.int32)),
             like=tiled.inputs,
@@ -423,8 +423,8 @@ def _accumulate(
 ) -> PyTree:
     """Sums `contribution(i, j, masked)` over all tiles: by row, by column, and overall.
 
-    Sums are linear in what is carried and each contribution is checkpointed, so that JAX's own
-    derivative of this loop (for second derivatives) needs no memory for each tile either.
+    Sums are linear in the carry and each contribution is checkpointed, so that JAX's own derivative
+    of this loop (for second derivatives) stores nothing per tile either.
     """
 
     def step(sums: PyTree, tile: PyTree, tiles: TileList) -> PyTree:

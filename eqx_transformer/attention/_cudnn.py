@@ -1,8 +1,8 @@
-"""cuDNN's fused attention, where it is right, with every derivative.
+"""cuDNN's fused attention, for the calls it computes correctly, with every derivative.
 
-JAX's public function is differentiable in reverse mode only, once. Here its forward and backward
+JAX's public function is differentiable once, in reverse mode only. Here its forward and backward
 kernels are two of the passes of an implementation; forward mode and second derivatives, which
-cuDNN does not have, are those of the chunked implementation.
+cuDNN lacks, come from the chunked implementation.
 """
 
 import re
@@ -22,12 +22,12 @@ _OLDEST_JAX: Final = (0, 11)
 
 
 def unavailable() -> str | None:
-    """Why there is no cuDNN to be used in this process; `None` if there is."""
+    """Why cuDNN cannot be used in this process; `None` if it can."""
     if jax.__version_info__ < _OLDEST_JAX:
         return f"jax {jax.__version__} cannot batch its gradient; jax 0.11 can"
     if jax.default_backend() != "gpu":
         return f"needs an NVIDIA GPU, and this program runs on {jax.default_backend()}"
-    # Not a number on GPUs of other makers.
+    # Not a number on other vendors' GPUs.
     capability = str(getattr(jax.devices()[0], "compute_capability", None))
     if not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < 8:
         return f"needs an NVIDIA GPU of compute capability 8.0 or more, not {capability}"
@@ -44,9 +44,9 @@ def refusal(inputs: Inputs) -> str | None:
     if inputs.sinks is not None:
         return "takes no sinks"
     if inputs.dropout_seed is not None:
-        return "would drop other weights for the same key"
+        return "would drop different weights for the same key"
     if inputs.q_positions is not None or inputs.kv_positions is not None:
-        return "takes no positions"
+        return "takes no explicit positions"
     if _pattern(inputs) is None:
         # A window without a causal mask is silently wrong on its left: jax-ml/jax#39576.
         return f"takes no mask, Causal() and a causal window, not {inputs.mask}"
@@ -63,7 +63,7 @@ def refusal(inputs: Inputs) -> str | None:
 
 
 def _pattern(inputs: Inputs) -> dict[str, Any] | None:
-    """The mask as arguments of JAX's function; `None` if it cannot be said."""
+    """The mask as arguments of JAX's function; `None` if they cannot express it."""
     mask = inputs.mask
     if mask is None:
         return {}
@@ -97,7 +97,7 @@ def _save(inputs: Inputs) -> tuple[tuple[Array, None], tuple[Any, ...]]:
 def _forward(inputs: Inputs) -> tuple[Array, None]:
     pattern = _pattern(inputs)
     assert pattern is not None
-    # JAX rounds cuDNN's log-sum-exp to the dtype of the output, which is of no use to anybody.
+    # JAX rounds cuDNN's log-sum-exp to the dtype of the output, which makes it useless.
     return _fused(inputs.q, inputs.k, inputs.v, inputs.scale, pattern), None
 
 
@@ -126,7 +126,7 @@ def _pulled_jvp(primals: Any, tangents: Any, *, wanted: frozenset[str]) -> Any:
     inputs, pull, dout = primals
     dinputs, _, ddout = tangents
 
-    # `pull` is a function of `inputs`, and opaque; the chunked implementation says which.
+    # `pull` depends on `inputs` but is opaque; the chunked pass is the same function, spelled out.
     def exact(inputs: Inputs, dout: Array) -> Tangents:
         out, lse = chunked(inputs)
         return chunked.transpose((inputs, out, lse), (dout, jnp.zeros_like(lse)), wanted)

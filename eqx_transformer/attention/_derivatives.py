@@ -1,14 +1,14 @@
 """Every derivative of attention, from three passes.
 
 An implementation supplies a forward pass, its tangent, and the transpose of the tangent; here they
-become one function of which `jax.jvp`, `jax.vjp` and any nesting of them work, under `jit`,
+become one function for which `jax.jvp`, `jax.vjp` and any nesting of them work, under `jit`,
 `vmap`, `scan`, `checkpoint` and `shard_map`. Reverse mode runs the given transpose, so a fused
 backward pass is used wherever JAX asks for a gradient; second derivatives differentiate the
-tangent and the transpose, which therefore are made of differentiable operations, or carry rules.
+tangent and the transpose, which must therefore consist of differentiable operations, or have rules.
 
-This is a property of attention as a whole and not of any one kernel: `jax.custom_vjp`, which is
-what attention kernels come with, would make `jax.jvp` an error, and with it implicit solvers,
-Newton's method, Levenberg-Marquardt, and gradients of fixed points.
+This belongs to attention as a whole, not to any one kernel: `jax.custom_vjp`, with which attention
+kernels usually come, would make `jax.jvp` an error, and with it implicit solvers, Newton's method,
+Levenberg-Marquardt, and gradients of fixed points.
 """
 
 import dataclasses
@@ -36,19 +36,18 @@ _DIFFERENTIABLE = ("q", "k", "v", "sinks", "score_mod")
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-    """The three passes of an implementation: module level functions, so that they are hashable.
+    """The three passes of an implementation: module-level functions, so that they are hashable.
 
     Arguments:
 
-    - `forward`: from `Inputs` to output and log-sum-exp, or `None` instead where a kernel has none.
+    - `forward`: from `Inputs` to output and log-sum-exp (`None` where a kernel does not give it).
     - `tangent`: from `(inputs, *saved)` and tangents of some inputs to tangents of the output.
-        Those of `q, k, v` are always there; those of `sinks` and `score_mod` where asked for.
+        Those of `q, k, v` are always given; those of `sinks` and `score_mod` only where needed.
     - `transpose`: from `(inputs, *saved)`, cotangents of the output, and the names that are
         wanted, to the cotangents of these.
-    - `save`: from `Inputs` to output, log-sum-exp, and the `saved` that the other passes are given;
-        output and log-sum-exp themselves if there is no such function. What it saves besides is
-        taken to be constant: where the other passes depend on `inputs` through it, they have to
-        have derivative rules that say so.
+    - `save`: from `Inputs` to `((output, log-sum-exp), saved)`, where `saved` goes to the other
+        passes; without it, `saved` is the output and the log-sum-exp. JAX treats `saved` as
+        constant: passes that depend on `inputs` through it need derivative rules that say so.
     """
 
     forward: Callable[[Inputs], tuple[Array, Any]]
@@ -84,11 +83,11 @@ def _no_cotangents(inputs: Inputs, cotangents: Any) -> tuple[()]:
 
 @eqx.filter_jit
 def _compiled_forward(inputs: Inputs, passes: Passes) -> tuple[Array, Any]:
-    # Compiled once a structure and shape, also for callers who do not use `jax.jit`. To JAX it is
-    # one operation, a map that is linear in nothing: taken apart within a loop over layers, all
-    # that does not depend on the layer, such as the masks of all tiles, would be computed ahead of
-    # the loop and kept, which takes memory quadratic in the sequence. What saves for itself is one
-    # operation already, and may be one that cannot be lowered inside of another.
+    # Compiled once per structure and shape, even for callers who do not use `jax.jit`. To JAX it is
+    # one opaque operation, a linear map without operands: otherwise a loop over layers would hoist
+    # all that does not depend on the layer, such as the masks of all tiles, and keep it, in memory
+    # quadratic in the sequence. A forward pass with a `save` is one operation already, and may be
+    # one that cannot be lowered inside another.
     if passes.save is not None:
         return passes.forward(inputs)
     return linear_map(_Forward(passes), _no_cotangents, inputs, ())
@@ -109,7 +108,7 @@ def _attend_jvp(primals: Any, tangents: Any, *, passes: Passes) -> Any:
 
 
 def _named(saved: Any) -> Any:
-    """With the name by which a policy of `jax.checkpoint` may keep it for the backward pass."""
+    """Adds the name by which a `jax.checkpoint` policy can save this for the backward pass."""
     return jax.tree.map(partial(checkpoint_name, name="attention"), saved)
 
 
@@ -128,7 +127,7 @@ def _save_jvp(primals: Any, tangents: Any, *, passes: Passes) -> Any:
 
 def _tangent(passes: Passes, primals: Any, saved: Any, tangents: Any) -> tuple[Array, Any]:
     (inputs,), (dinputs,) = primals, tangents
-    # Nothing but a forward pass reads it, and a residual would be kept.
+    # Only forward passes read `source`, and as a residual it would be kept in memory.
     inputs = dataclasses.replace(inputs, source=None)
     asked = {}
     for name in _DIFFERENTIABLE:
@@ -140,5 +139,5 @@ def _tangent(passes: Passes, primals: Any, saved: Any, tangents: Any) -> tuple[A
 
 
 def _explicit(primal: Array | None, moved: Array | None) -> Array | None:
-    """Spells out a tangent that is symbolically zero."""
+    """Replaces a symbolically zero tangent by zeros."""
     return jnp.zeros_like(primal) if moved is None and primal is not None else moved

@@ -1,4 +1,4 @@
-"""Attention-weight dropout from a counter, so that every implementation drops the same weights.
+"""Counter-based dropout of attention weights, so that every implementation drops the same ones.
 
 Whether a weight is kept is a hash of (seed, head, query index, key index). Nothing depends on the
 order in which tiles are visited, and a backward pass recomputes the pattern instead of storing it.
@@ -35,13 +35,13 @@ def keep(
 def row_hash(
     seed: Any, head: Int[Array, "..."], q_index: Int[Array, "..."]
 ) -> UInt32[Array, "..."]:
-    """What a query of a head contributes. The seed may be a kernel's reference to it."""
+    """The hash of a query in a head. `seed` may be a kernel's reference to the array."""
     head = _mix(seed[0] ^ _mix(head.astype(jnp.uint32) + seed[1]))
     return _mix(head + q_index.astype(jnp.uint32) * np.uint32(0x9E3779B1))
 
 
 def column_hash(seed: Any, kv_index: Int[Array, "..."]) -> UInt32[Array, "..."]:
-    """What a key contributes."""
+    """The hash of a key."""
     return _mix(kv_index.astype(jnp.uint32) * np.uint32(0x7FEB352D) + seed[1])
 
 

@@ -1,4 +1,4 @@
-"""Masks and score mods of tokens that lie on a grid, such as the patches of an image.
+"""Masks and score mods for tokens on a grid, such as the patches of an image.
 
 Positions count tokens: first those before the grid (a class token, registers), then the cells of
 the grid, row by row.
@@ -66,15 +66,15 @@ class GridWindow(AbstractMask):
 
 
 class GridBias(eqx.Module):
-    """A learned bias for every head and every difference of rows and columns.
+    """A learned bias for every head and every offset in rows and columns.
 
-    Pairs with a token before the grid have one of three biases more: from it, to it, and among
-    such tokens. (Liu et al., Swin Transformer, 2021, equation 4; with a class token: Bao et al.,
-    BEiT, 2022.)
+    Pairs with a token before the grid use one of three further biases: from it, to it, or between
+    two such tokens. (Liu et al., Swin Transformer, 2021, equation 4; with a class token: Bao et
+    al., BEiT, 2022.)
 
-    Row `(dr + height - 1) * (2 * width - 1) + dc + width - 1` of the table is that of a query `dr`
-    rows and `dc` columns after its key; the last three are those of a query before the grid, of a
-    key before it, and of both.
+    Row `(dr + height - 1) * (2 * width - 1) + dc + width - 1` of the table is for a query `dr` rows
+    and `dc` columns after its key; the last three are for a query before the grid, a key before
+    it, and both.
     """
 
     table: Float[Array, "differences heads"]
@@ -91,7 +91,7 @@ class GridBias(eqx.Module):
     ):
         """Arguments:
 
-        - `grid`: how many cells it is high and wide.
+        - `grid`: the height and the width of the grid, in cells.
         - `num_heads`: how many heads.
         - `num_prefix`: how many tokens there are before the grid.
         - `dtype`: of the table, initially zero; the default floating dtype if not given.
@@ -113,7 +113,7 @@ class GridBias(eqx.Module):
         kv_pos: Int[Array, "..."],
         head: Int[Array, "..."],
     ) -> Float[Array, "..."]:
-        """Adds the bias of the pair's difference."""
+        """Adds the bias of the pair's offset."""
         height, width = self.grid
         q, kv = q_pos - self.num_prefix, kv_pos - self.num_prefix
         rows = q // width - kv // width + height - 1
@@ -125,13 +125,13 @@ class GridBias(eqx.Module):
         return score + self.table[index, head].astype(score.dtype)
 
     def resized(self, grid: tuple[int, int]) -> "GridBias":
-        """The bias for a grid of another size: the table as a picture, resized linearly.
+        """The bias for a grid of another size: the table resized like an image, linearly.
 
-        Biases of pairs with a token before the grid stay what they are.
+        Biases of pairs with a token before the grid are unchanged.
 
         Arguments:
 
-        - `grid`: how many cells it is high and wide.
+        - `grid`: the height and the width of the new grid, in cells.
         """
         height, width = self.grid
         new = GridBias(grid, self.table.shape[1], num_prefix=self.num_prefix)
@@ -149,7 +149,7 @@ class GridBias(eqx.Module):
 
 
 def _linear_matrix(size: int, new_size: int) -> np.ndarray:
-    """Linear interpolation at `new_size` points, as PyTorch has it without aligned corners."""
+    """Linear interpolation at `new_size` points, like PyTorch's with `align_corners=False`."""
     place = (np.arange(new_size) + 0.5) * size / new_size - 0.5
     distance = np.abs(np.clip(place, 0, size - 1)[:, None] - np.arange(size))
     return np.maximum(1 - distance, 0)

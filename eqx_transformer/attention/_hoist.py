@@ -27,8 +27,8 @@ def hoist(function: Any, *examples: Any, what: str, out_dtype: Any) -> Any:
     that captures some. A function that captures nothing is kept: its identity is what lets
     compilations be reused.
 
-    A function is applied to scalars, whatever tile an implementation has in hand, so one that is
-    not elementwise after all (it subtracts a mean, say) cannot depend on the tiles.
+    A function is always applied to scalars, so that one that is not elementwise after all (it
+    subtracts a mean, say) cannot depend on how an implementation tiles.
 
     Arguments:
 
@@ -39,14 +39,14 @@ def hoist(function: Any, *examples: Any, what: str, out_dtype: Any) -> Any:
 
     Raises:
 
-    - `ValueError` if the function does not map scalars to one scalar of `out_dtype`, or, of a
-        Module, the examples to an array of the shape they broadcast to.
+    - `ValueError` if the function does not map scalars to one scalar of `out_dtype`, or if a
+        Module does not map the examples to an array of their broadcast shape.
     """
     scalars = [jax.ShapeDtypeStruct((), x.dtype) for x in examples]
     _check(function, scalars, what, out_dtype)
     if not all(_captures_nothing(leaf) for leaf in jax.tree.leaves(function) if callable(leaf)):
-        # The lambda is for functions whose captured arrays are default arguments: Equinox looks
-        # for a closure only.
+        # The lambda is for functions that capture arrays as default arguments: Equinox looks only
+        # for a closure.
         closure = eqx.filter_closure_convert(lambda *args: function(*args), *scalars)
         return _Elementwise(closure)
     if not isinstance(function, eqx.Module):
@@ -66,7 +66,7 @@ def _check(function: Any, examples: Any, what: str, out_dtype: Any) -> None:
 
 
 def _captures_nothing(function: Callable[..., Any]) -> bool:
-    """Whether a function certainly holds no arrays: a plain one, without closure and defaults."""
+    """Whether a function certainly holds no arrays: a plain one with no closure or defaults."""
     held = [
         getattr(function, name, ()) for name in ("__closure__", "__defaults__", "__kwdefaults__")
     ]

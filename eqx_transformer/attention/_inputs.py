@@ -18,13 +18,13 @@ from ._varying import vary_alike
 
 
 class Source(eqx.Module):
-    """Queries, keys and values before anything was copied, for a kernel that is careful itself."""
+    """Queries, keys and values not yet sanitized or gathered, for kernels that do this in place."""
 
     q: Float[Array, "q_seq heads head_dim"]
     k: Float[Array, "*positions kv_heads head_dim"]
     v: Float[Array, "*positions kv_heads v_dim"]
     page_table: Int[Array, " max_pages"] | None = None
-    """If given, keys and values are pages, and those of the sequence are these."""
+    """If given, `k` and `v` are pools of pages, and these are the pages of the sequence."""
 
 
 class Inputs(eqx.Module):
@@ -43,7 +43,7 @@ class Inputs(eqx.Module):
     scale: float = eqx.field(static=True)
     block_size: int | None = eqx.field(static=True, default=None)
     source: Source | None = None
-    """What `q`, `k` and `v` are copies of, if they are; derivatives are those of the copies."""
+    """What `q`, `k` and `v` were copied from, if anything; derivatives are those of the copies."""
 
     @property
     def q_seq(self) -> int:
@@ -105,7 +105,7 @@ class Inputs(eqx.Module):
     def dropout(
         self, q_index: Int[Array, " q"], kv_index: Int[Array, " kv"]
     ) -> Float[Array, "heads q kv"] | None:
-        """What attention weights are multiplied with, or `None` without dropout."""
+        """The factors on attention weights, or `None` without dropout."""
         if self.dropout_seed is None:
             return None
         kept = keep(self.dropout_seed, self.dropout_rate, self.heads, q_index, kv_index)
@@ -131,7 +131,7 @@ def make_inputs(
     check_arrays(q, k, v, sinks)
     if mask is not None:
         check_mask(mask, q, k, q_positions, kv_positions)
-        # What a predicate computes with is not differentiated: a mask has no derivative.
+        # Arrays that a predicate holds are not differentiated: a mask has no derivative.
         mask = jax.tree.map(
             lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, mask
         )
@@ -182,9 +182,9 @@ _PAIRS_AT_A_TIME: Final = 2**20
 def sanitize(inputs: Inputs) -> Inputs:
     """Zeroes queries, keys and values that a mask with arrays excludes altogether.
 
-    A weight of zero does not keep out a NaN: `0 * nan` is NaN. What padding holds is nobody's
-    business, so it is replaced, in value and in gradient, before anything is computed with it.
-    Masks without arrays know of no padding, and rewriting a cache for them at every decoded token
+    A weight of zero does not keep out a NaN: `0 * nan` is NaN. So that the contents of padding
+    never matter, they are replaced, in value and in gradient, before anything else is computed.
+    Masks without arrays mark no padding, and rewriting a cache for them at every decoded token
     would cost more than attending to it.
     """
     if inputs.mask is None or not jax.tree.leaves(eqx.filter(inputs.mask, eqx.is_array)):
@@ -206,7 +206,7 @@ def _used(inputs: Inputs) -> tuple[Bool[Array, " q_seq"], Bool[Array, " kv_seq"]
     if inputs.q_seq <= rows:
         allowed = inputs.allowed(q_pos, kv_pos)
         return allowed.any(axis=1), allowed.any(axis=0)
-    # The last query once more does not change which keys are used.
+    # Repeating the last query does not change which keys are used.
     some = jnp.pad(q_pos, (0, -inputs.q_seq % rows), mode="edge").reshape(-1, rows)
 
     def step(kv_used: Array, q_pos: Array) -> tuple[Array, Array]:
@@ -246,23 +246,23 @@ def check_arrays(q: Any, k: Any, v: Any, sinks: Any) -> None:
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"attention: heads={q.shape[1]} is not a multiple of kv_heads={k.shape[1]}; every key "
-            "head must serve as many query heads."
+            "head must serve the same number of query heads."
         )
     if sinks is not None and sinks.shape != (q.shape[1],):
         raise ValueError(
             f"attention: sinks has shape {sinks.shape} but there are heads={q.shape[1]}; it needs "
-            "one score a head."
+            "one score per head."
         )
 
 
 def check_mask(mask: Any, q: Any, k: Any, q_positions: Any, kv_positions: Any) -> None:
     if not isinstance(mask, AbstractMask):
         raise ValueError(
-            f"attention: mask must be a mask value but is a {type(mask).__name__}; wrap a boolean "
+            f"attention: mask must be a mask but has type {type(mask).__name__}; wrap a boolean "
             "matrix in Dense(...), a function in Predicate(...), a row of flags in Padding(...)."
         )
-    # A mask that ends early would hide the rest of the sequence without a word. At given
-    # positions that is what is meant; at default ones it is a mistake.
+    # A mask that ends early would silently hide the rest of the sequence. With explicit positions
+    # that is intended; with default ones it is a mistake.
     for leaf in jax.tree.leaves(mask, is_leaf=lambda x: isinstance(x, Padding | Segments | Dense)):
         if isinstance(leaf, Padding | Segments | Dense):
             _check_axes(leaf)

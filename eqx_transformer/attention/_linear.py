@@ -1,8 +1,8 @@
 """Linear attention: a kernel in place of the softmax, in time and memory linear in the sequence.
 
-Positions are cut into chunks. Within a chunk the scores are dense; what earlier chunks contribute
-is one matrix `sum_j phi(k[j]) v[j]^T` a key head, found for all chunks at once by an associative
-scan. There is no loop over positions, and nothing that JAX could not differentiate by itself.
+Positions are cut into chunks. Within a chunk the scores are dense; earlier chunks contribute one
+matrix `sum_j phi(k[j]) v[j]^T` per key head, computed for all chunks at once by an associative
+scan. There is no loop over positions, and JAX differentiates all of it by itself.
 """
 
 import math
@@ -20,12 +20,12 @@ from ._masks import AbstractMask, And, Causal, Padding, Segments, _lookup
 
 FeatureMap = Callable[[Float[Array, "seq heads head_dim"]], Float[Array, "seq heads features"]]
 """What `linear_attention` accepts as `feature_map`: it acts on the last axis, may change its size,
-and should return positive numbers. A Module has its array leaves trained."""
+and should return positive numbers. If it is a Module, its array leaves are trained."""
 
 
 def elu_plus_one(x: Float[Array, "*axes head_dim"]) -> Float[Array, "*axes head_dim"]:
     """The feature map `elu(x) + 1` of Katharopoulos et al. (2020), positive everywhere."""
-    # Not `jax.nn.elu(x) + 1`, which in float32 is zero from x = -17 on.
+    # Not `jax.nn.elu(x) + 1`, which in float32 is zero below about x = -17.
     return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
 
 
@@ -39,9 +39,9 @@ class RandomFeatures(eqx.Module):
 
     The projection `w` is not a parameter and not a leaf: it is drawn in every call from `seed`,
     an integer leaf, which optimisers leave alone and checkpoints keep. To redraw it, build another
-    `RandomFeatures`. Exponentials are not rescaled, because a factor for all keys would let future
-    keys into a causal result: keys whose norm exceeds about `13 * head_dim ** (1/4)` underflow in
-    float32.
+    `RandomFeatures`. Exponentials are not rescaled, because a factor common to all keys would leak
+    future keys into a causal result; so keys whose norm exceeds about `13 * head_dim ** (1/4)`
+    underflow in float32.
 
     Raises:
 
@@ -64,7 +64,7 @@ class RandomFeatures(eqx.Module):
         blocks = -(-self.num_features // head_dim)
         gaussian = jax.random.normal(key_directions, (blocks, head_dim, head_dim), jnp.float32)
         directions, upper = jnp.linalg.qr(gaussian)
-        # Only with a positive diagonal of the other factor are the directions uniform.
+        # The directions are uniform only if the triangular factor has a positive diagonal.
         signs = jnp.where(jnp.diagonal(upper, axis1=1, axis2=2) < 0, -1, 1)
         directions = (directions * signs[:, None, :].astype(jnp.float32)).mT
         directions = directions.reshape(-1, head_dim)[: self.num_features]
@@ -95,8 +95,8 @@ def linear_attention(
         weight[j] = phi(q[i, h]) . phi(k[j, g])    where mask(i, j)
         out[i, h] = sum_j weight[j] * v[j, g] / sum_j weight[j]
 
-    A query that may attend to nothing gives zeros. Time and memory are linear in the sequence, in
-    every derivative too. Score mods do not exist here: there is no score to modify.
+    A query that may attend to nothing gives zeros. Time and memory are linear in the sequence, for
+    every derivative too. There are no score mods, as there is no score to modify.
 
     Arguments:
 
@@ -105,7 +105,7 @@ def linear_attention(
         them, or `None` for everyone to everyone. Segments must be those of one sequence, in
         non-decreasing order (negative ids, padding, may be anywhere).
     - `feature_map`: `phi`, applied to queries and keys in float32 or wider.
-    - `chunk_size`: how many positions are computed densely at a time. It changes speed alone.
+    - `chunk_size`: how many positions are computed densely at a time. It affects only speed.
 
     Returns:
 
@@ -121,12 +121,12 @@ def linear_attention(
 
 
 class LinearState(eqx.Module):
-    """All that causal linear attention needs of the keys and values before a position."""
+    """All that causal linear attention has to keep of the keys and values before a position."""
 
     sums: Float[Array, "kv_heads features columns"]
     """`sum_j phi(k[j]) v[j]^T`, and in the last column `sum_j phi(k[j])`, over one segment."""
     segment: Int[Array, ""]
-    """The id of that segment, the last one that was met; -1 before any key."""
+    """The id of that segment, the most recent one; -1 before any key."""
 
     @classmethod
     def init(cls, kv_heads: int, features: int, v_dim: int, dtype: DTypeLike) -> "LinearState":
@@ -136,7 +136,7 @@ class LinearState(eqx.Module):
 
 
 def num_features(feature_map: FeatureMap, head_dim: int, dtype: DTypeLike) -> int:
-    """How many features `feature_map` makes of `head_dim` numbers."""
+    """How many features `feature_map` computes from `head_dim` numbers."""
     x = jax.ShapeDtypeStruct((1, 1, head_dim), dtype)
     return jax.eval_shape(lambda x: _features(feature_map, x), x).shape[-1]
 
@@ -157,15 +157,16 @@ def extend_linear_attention(
     Arguments:
 
     - `q`, `k`, `v`: of the next positions.
-    - `state`: what is kept of the earlier ones.
+    - `state`: the state after the earlier ones.
     - `mask`: as for `linear_attention`, and causal. A key that it hides now is hidden from all
-        later queries; without `Segments` the last segment goes on.
-    - `positions`: the absolute positions, at which the mask is read; negative ones are padding.
+        later queries; without `Segments` the last segment continues.
+    - `positions`: the absolute positions, at which the mask is evaluated; negative ones are
+        padding.
     - `feature_map`, `chunk_size`: see `linear_attention`.
 
     Returns:
 
-    What `linear_attention` gives at these positions, and the state with them added.
+    The output of `linear_attention` at these positions, and the state after them.
 
     Raises:
 
@@ -184,7 +185,7 @@ def extend_linear_attention(
         ids = eqx.error_if(
             ids,
             jnp.any((ids >= 0) & (ids < state.segment)),
-            "linear_attention: the ids of Segments must not decrease, also from one part of a "
+            "linear_attention: the ids of Segments must not decrease, not even from one part of a "
             "sequence to the next. Sort the documents, or use dot_product_attention.",
         )
     else:
@@ -194,7 +195,7 @@ def extend_linear_attention(
 
 
 def at_positions(mask: AbstractMask, positions: Int[Array, " seq"]) -> AbstractMask:
-    """A mask on the indices of a sequence, from one on the absolute positions it is at.
+    """A mask on the indices of a sequence, from one on their absolute `positions`.
 
     Only for masks with a linear form, and positions that increase where `mask` is causal.
     """
@@ -227,7 +228,7 @@ def _attend(
         raise ValueError(f"linear_attention: chunk_size={chunk_size} must be at least 1.")
     (q_seq, heads, _), (kv_seq, kv_heads, _) = q.shape, k.shape
     seen = _attends_to_something(rule, state)
-    # What padding holds, NaN included, must not enter the products.
+    # The contents of padding, which may be NaN, must not enter the products.
     q = jnp.where(seen[:, None, None], q, 0)
     k, v = (jnp.where(rule.valid[:, None, None], x, 0) for x in (k, v))
 
@@ -236,11 +237,11 @@ def _attend(
         dtype = max(dtype, state.sums.dtype, key=lambda x: jnp.finfo(x).bits)
     q, k = _features(feature_map, q.astype(dtype)), _features(feature_map, k.astype(dtype))
     k = jnp.where(rule.valid[:, None, None], k, 0)
-    # A factor for a whole query cancels; this one keeps the products from underflowing.
+    # A factor common to a whole query cancels; this one keeps the products from underflowing.
     size = jax.lax.stop_gradient(jnp.max(jnp.abs(q), axis=-1, keepdims=True, initial=0))
     q = q / jnp.where(size == 0, 1, size)
     q = q.reshape(q_seq, kv_heads, heads // kv_heads, q.shape[-1])
-    # A column of ones among the values makes the denominator one more output.
+    # A column of ones appended to the values makes the denominator one more output.
     v = jnp.concatenate([v.astype(dtype), jnp.ones((kv_seq, kv_heads, 1), dtype)], axis=-1)
 
     if rule.causal or rule.segmented:
@@ -253,7 +254,7 @@ def _attend(
 
 
 class _Rule(NamedTuple):
-    """A mask that has a linear form: every part of it, spelled out."""
+    """A mask that has a linear form, taken apart."""
 
     causal: bool
     valid: Bool[Array, " kv_seq"]
@@ -296,7 +297,7 @@ def _parse(
         else:
             raise ValueError(
                 f"linear_attention: the mask {mask} has no linear form because of {part}; only "
-                "Causal(), Padding, one Segments and any `&` of them have. Use "
+                "Causal(), Padding, one Segments and any `&` of them have one. Use "
                 "dot_product_attention, or leave that part out."
             )
     if not rule.segmented:
@@ -324,7 +325,7 @@ def _attends_to_something(rule: _Rule, state: LinearState | None) -> Bool[Array,
     """Whether there is a key for each query, the ones in `state` included."""
     if not (rule.causal or rule.segmented):
         return jnp.broadcast_to(jnp.any(rule.valid), rule.q_ids.shape)
-    # Segments are in order, so the greatest one met so far is the query's own, if that was met.
+    # Segments are in order, so the greatest id so far is the query's own, if that has a key.
     before = jax.lax.cummax(jnp.where(rule.valid, rule.kv_ids, -1))
     if state is not None:
         before = jnp.maximum(before, state.segment)
@@ -338,7 +339,7 @@ def _attends_to_something(rule: _Rule, state: LinearState | None) -> Bool[Array,
 
 
 def _resize(x: Int[Array, " kv_seq"], q_seq: int) -> Int[Array, " q_seq"]:
-    """`x` cut, or continued with its last element (-1 where there is none)."""
+    """`x` truncated, or extended with its last element (with -1 if it has none)."""
     x = jnp.concatenate([jnp.full(1, -1, x.dtype), x])
     return x[jnp.minimum(jnp.arange(1, q_seq + 1), x.shape[0] - 1)]
 
@@ -349,7 +350,7 @@ def _features(
     out = feature_map(x)
     if out.shape[:-1] != x.shape[:-1] or out.dtype != x.dtype:
         raise ValueError(
-            f"linear_attention: feature_map must act on the last axis alone, but turned "
+            f"linear_attention: feature_map must act only on the last axis, but turned "
             f"{x.dtype}{list(x.shape)} into {out.dtype}{list(out.shape)}."
         )
     return out
@@ -363,7 +364,7 @@ def _chunked(
     chunk_size: int,
     state: LinearState | None,
 ) -> tuple[Float[Array, "q_seq kv_heads group columns"], LinearState | None]:
-    """Sums of `weight[j] * v[j]` over the keys each query may attend to, and the state behind."""
+    """Sums of `weight[j] * v[j]` over the keys each query may attend to, and the final state."""
     q_seq = q.shape[0]
     seq = max(q_seq, k.shape[0])
     chunk_size = max(1, min(chunk_size, seq))
@@ -402,11 +403,11 @@ def _carry(
     state: LinearState | None,
     reverse: bool,
 ) -> tuple[Float[Array, "parts kv_heads features columns"], Int[Array, " parts"]]:
-    """What each chunk takes over from those before it, and last what they all leave behind.
+    """The state before each chunk and, last, the state after all of them.
 
-    That is `sum_j k[j] v[j]^T` over the keys of one segment, the last one that was met, and the
-    id of that segment: segments are in order, so no other one can continue into the chunk. With
-    `reverse` chunks are counted from the end.
+    That is `sum_j k[j] v[j]^T` over the keys of the most recent segment, and that segment's id:
+    segments are in order, so no other one can continue into the chunk. With `reverse`, chunks are
+    counted from the end.
     """
     if reverse:
         k, v, ids = k[::-1], v[::-1], ids[::-1]

@@ -37,13 +37,14 @@ def linear_map(
 
     Arguments:
 
-    - `function`: linear in `operands`; differentiable by JAX in `residuals`. Hashable (a module
-        level function, or a frozen dataclass with `__call__`), so that compilations are reused.
+    - `function`: linear in `operands`; differentiable by JAX in `residuals`. Hashable (a
+        module-level function, or a frozen dataclass with `__call__`), so that compilations are
+        reused.
     - `transpose`: `transpose(residuals, cotangents)` returns cotangents of `operands`; linear in
         `cotangents` and differentiable by JAX in `residuals`.
     - `residuals`: a PyTree; its non-array leaves must be hashable.
     - `operands`: a PyTree of floating arrays.
-    - `batch`: what `vmap` makes of this, if not the map applied to every example. Hashable.
+    - `batch`: a rule for `vmap`, used instead of applying the map to every example. Hashable.
 
     Returns:
 
@@ -57,7 +58,7 @@ def linear_map(
     context = _Context(dynamic_treedef, static_treedef, tuple(static_leaves))
     forward = _Flat(function, context, operand_treedef, out_treedef)
     backward = _Flat(transpose, context, out_treedef, operand_treedef)
-    # Widened here, outside the primitive, where JAX transposes the widening by itself.
+    # Cast here, outside the primitive, where JAX transposes the cast by itself.
     operand_leaves = vary_alike(operand_leaves, like=dynamic_leaves)
     out = _linear_map_p.bind(
         *dynamic_leaves,
@@ -71,9 +72,9 @@ def linear_map(
 
 
 BatchRule = Callable[[int, PyTree, PyTree, tuple[PyTree, PyTree]], PyTree]
-"""`(size, residuals, operands, batched)` to the results of a batch, made of operations with
-derivatives, or None where there is nothing better than the default. What is batched is so along its
-first axis; `batched` says what that is, for residuals and operands."""
+"""From `(size, residuals, operands, batched)` to the results of a batch, by differentiable
+operations; or `None`, for the default. Batched arrays have the batch as their first axis; `batched`
+says which ones are, for residuals and operands."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _jvp(primals, tangents, *, forward, backward, num_residuals, batch):
 
 
 def _transpose(cotangents, *args, forward, backward, num_residuals, batch):
-    del batch  # it is about the forward direction
+    del batch  # it applies to the forward direction only
     residuals = args[:num_residuals]
     assert not any(ad.is_undefined_primal(x) for x in residuals)
     cotangents = [ad.instantiate_zeros(x) for x in cotangents]
@@ -226,8 +227,8 @@ def _batch(args, axes, *, forward, backward, num_residuals, batch):
             return out, [0] * len(out)
     residual_axes = tuple(None if a is None else 0 for a in axes[:num_residuals])
     # An operand shared by the batch is broadcast here, outside the primitive, so that summing
-    # its cotangent over the batch is JAX's own transpose of broadcasting; and by `vmap`, which
-    # knows how the batch is sharded.
+    # its cotangent over the batch is JAX's own transpose of broadcasting. `vmap` does it, because
+    # it knows how the batch is sharded.
     batched = next(x for x, a in zip(args, axes, strict=True) if a is not None)
     shared = jax.vmap(lambda _, x: x, in_axes=(0, None))
     operands = [

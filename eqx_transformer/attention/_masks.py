@@ -1,7 +1,7 @@
 """Who may attend to whom, as values.
 
 A mask is a predicate on absolute positions together with a classification of rectangles of
-positions. The predicate says what is right; the classification says what may be skipped. Masks
+positions. The predicate defines the mask; the classification says what may be skipped. Masks
 are closed under `&`, `|` and `~`, and the classification of an expression is sound because
 `min`, `max` and `2 - b` are conjunction, disjunction and negation of Kleene's three-valued logic.
 """
@@ -21,7 +21,7 @@ from ._hoist import hoist
 EMPTY: Final = 0
 """No pair of the rectangle may attend."""
 PARTIAL: Final = 1
-"""Some pairs may attend, or it is not known."""
+"""Some pairs may attend, or it is unknown which."""
 FULL: Final = 2
 """Every pair of the rectangle may attend."""
 
@@ -69,7 +69,7 @@ class AbstractMask(eqx.Module):
         return Not(self)
 
     def __bool__(self) -> bool:
-        # `causal and padding` would silently be the padding alone.
+        # `causal and padding` would silently mean `padding` alone.
         raise TypeError(
             "A mask is neither true nor false: combine masks with &, | and ~, not with and, or, "
             "not; compare with `is None`."
@@ -366,11 +366,11 @@ class TokenGroups(AbstractMask):
         keys.
     - `attends`: `attends[i][j]` says whether group `i` may attend to group `j`.
 
-    Positions behind the last group attend to nothing and are attended to by nothing.
+    Positions after the last group attend to nothing and are attended to by nothing.
 
     Raises:
 
-    - `ValueError` if a size is negative or `attends` is not square with one row a group.
+    - `ValueError` if a size is negative or `attends` is not square with one row per group.
     """
 
     sizes: tuple[int, ...] = eqx.field(static=True)
@@ -387,11 +387,11 @@ class TokenGroups(AbstractMask):
         }:
             raise ValueError(
                 f"TokenGroups: there are {len(self.sizes)} sizes, but attends has rows of lengths "
-                f"{[len(row) for row in self.attends]}; it must be square, one row a group."
+                f"{[len(row) for row in self.attends]}; it must be square, one row per group."
             )
 
     def _group(self, pos: Int[Array, "..."]) -> Int[Array, "..."]:
-        """The group of each position, counted from 1; 0 before the first, the greatest after."""
+        """The group of each position, counted from 1; one more than their number after the last."""
         starts = jnp.asarray(np.cumsum((0, *self.sizes)), jnp.int32)
         return jnp.searchsorted(starts, pos, side="right").astype(jnp.int32)
 
@@ -411,7 +411,7 @@ class TokenGroups(AbstractMask):
         kv_lo: Int[Array, "..."],
         kv_hi: Int[Array, "..."],
     ) -> Int[Array, "..."]:
-        # Rectangles of the group table are summed with its two-dimensional prefix sums.
+        # Sums over rectangles of the group table, by its two-dimensional prefix sums.
         sums = np.pad(self._table(), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
         sums = jnp.asarray(sums, jnp.int32)
         top, bottom = self._group(q_lo), self._group(q_hi) + 1
@@ -460,7 +460,7 @@ class Strided(AbstractMask):
 
 
 class Dense(AbstractMask):
-    """Any boolean matrix, indexed by position. Correct everywhere, skipped nowhere.
+    """Any boolean matrix, indexed by position. No tile is skipped for it.
 
     Positions outside the matrix may not attend.
     """
@@ -491,7 +491,7 @@ class Dense(AbstractMask):
 
 
 class Predicate(AbstractMask):
-    """Any function `(q_pos, kv_pos) -> bool`, elementwise. Correct everywhere, skipped nowhere.
+    """Any elementwise function `(q_pos, kv_pos) -> bool`. No tile is skipped for it.
 
     Arrays the function closes over become leaves of the mask, so it crosses `jax.vmap`,
     `jax.jit` and differentiation like any other. For block skipping write a subclass of
@@ -525,7 +525,7 @@ class Predicate(AbstractMask):
 
 
 def lookback(mask: AbstractMask | None) -> int | None:
-    """How many positions before its own a query can see at most; `None` if there is no such number.
+    """The most positions before its own that a query can see; `None` if there is no bound.
 
     Caches need not keep more.
     """
@@ -551,7 +551,7 @@ def _lookup(values: Any, pos: Int[Array, "..."], outside: bool | int) -> Any:
 
 
 def _over_range(values: Any, lo: Any, hi: Any, outside: bool | int) -> Array:
-    """`values` along a new last axis for every range, with `outside` where the range is not."""
+    """All `values` along a new last axis, for every range, with `outside` outside the range."""
     index = jnp.arange(values.shape[0], dtype=jnp.int32)
     index, values = (x.reshape((1,) * jnp.ndim(lo) + x.shape) for x in (index, values))
     return jnp.where((lo[..., None] <= index) & (index <= hi[..., None]), values, outside)
@@ -562,9 +562,9 @@ def _in_range(values: Any, lo: Any, hi: Any) -> Bool[Array, "..."]:
 
 
 def _extremes(ids: Int[Array, " seq"], lo: Any, hi: Any) -> tuple[Any, Any, Any]:
-    """Least and greatest id over each range but for padding, and whether there is no padding.
+    """The least and greatest id in each range, padding aside, and whether it has no padding.
 
-    Of a range of nothing but padding the least id exceeds the greatest.
+    In a range of nothing but padding, the least id exceeds the greatest.
     """
     greatest = jnp.iinfo(ids.dtype).max
     least = jnp.min(

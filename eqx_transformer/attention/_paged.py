@@ -57,8 +57,8 @@ def paged_attention(
 
     - `q`: queries.
     - `pages`: the pool.
-    - `page_table`: the pages of the sequence in order; entries beyond its length are not looked
-        at, `-1` by convention.
+    - `page_table`: the pages of the sequence in order; entries beyond its length are ignored, and
+        `-1` by convention.
     - `length`: how many positions of the sequence the pages hold.
     - `mask`, `score_mod`, `scale`, `sinks`, `implementation`: as for `dot_product_attention`.
         Positions count from the beginning of the sequence. `None` as mask lets every query attend
@@ -88,11 +88,11 @@ def paged_attention(
         score_mod=score_mod,
         scale=scale,
         q_positions=q_positions,
-        # Given, although they are the default: so a mask need not cover the capacity.
+        # Passed, although they are the default, so that a mask need not cover the capacity.
         kv_positions=jnp.arange(capacity, dtype=jnp.int32),
         sinks=sinks,
     )
-    # A kernel for few queries reads the pages themselves, and then nothing is gathered.
+    # The kernel for decoding reads the pages themselves, and then nothing is gathered.
     source = Source(q, pages.k_pages, pages.v_pages, page_table)
     return compute(dataclasses.replace(inputs, kv_positions=None, source=source), implementation)
 

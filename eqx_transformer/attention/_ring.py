@@ -1,9 +1,9 @@
 """Attention with the sequence split over devices: keys and values travel round a ring.
 
-Every device keeps its queries. The keys and values start at home and move on by one device a
-step; what a device finds in each shard is merged by log-sum-exp. (Liu et al., Ring Attention with
-Blockwise Transformers, 2023.) Backward goes round the ring once more, and the gradients of keys
-and values travel with them, so that no device ever holds more than two shards of anything.
+Every device keeps its queries. The keys and values start at home and move on by one device per
+step; a device merges its results for the shards by log-sum-exp. (Liu et al., Ring Attention with
+Blockwise Transformers, 2023.) The backward pass goes round the ring once more, and the gradients of
+keys and values travel with them, so that no device ever holds more than two shards of anything.
 """
 
 import dataclasses
@@ -52,8 +52,8 @@ def ring_attention(
 
     Equals `dot_product_attention` of the whole sequence. Only neighbours communicate, by
     `jax.lax.ppermute`. Pairs of shards that the mask excludes are not computed. Memory is linear
-    in the local length, for first derivatives in either mode; differentiated twice, every device
-    keeps all keys and values.
+    in the local length, also for first derivatives in either mode; for second derivatives, every
+    device keeps all keys and values.
 
     Arguments:
 
@@ -64,11 +64,11 @@ def ring_attention(
         device. Positions are those in the whole sequence, so arrays in a mask (`Padding`,
         `Segments`, `Dense`) cover the whole sequence, in its original order: pass them through
         `shard_map` with the spec `P()`. Heads count from 0 on every device.
-    - `q_positions`, `kv_positions`: absolute positions of this device's shards; if left out, what
-        `layout` says.
-    - `layout`: how the sequence lies on the devices, `"contiguous"` or `"zigzag"`. Where positions
-        are given it only says that a shard is one run of them, or two, which is how closely it is
-        known what a mask excludes.
+    - `q_positions`, `kv_positions`: absolute positions of this device's shards; if left out, they
+        follow from `layout`.
+    - `layout`: how the sequence lies on the devices, `"contiguous"` or `"zigzag"`. If positions
+        are given, it only says whether a shard is one run of positions or two: the better it fits,
+        the more excluded shards are skipped.
 
     Returns:
 
@@ -115,7 +115,7 @@ def ring_attention(
         mask = jax.tree.map(
             lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, mask
         )
-        # Only now: what no query here attends to, a query elsewhere may.
+        # Only now, after keys were sanitized: one that no query here attends to, another may.
         inputs = eqx.tree_at(lambda x: x.mask, inputs, mask, is_leaf=lambda x: x is None)
     out, _ = _passes(axis_name, stripes)(inputs)
     return out
@@ -127,8 +127,8 @@ def zigzag_order(
     """The order in which a sequence is split for `layout="zigzag"`, and its inverse.
 
     `x[order]`, split in equal contiguous pieces, is the zigzag layout; `y[inverse]` undoes it.
-    Reorder once, tokens and targets say, and not in every layer: what is computed for each token
-    on its own does not mind. (Llama Team, The Llama 3 Herd of Models, 2024, section 3.3.2.)
+    Reorder tokens and targets once, not in every layer: whatever treats each token on its own is
+    unaffected. (Llama Team, The Llama 3 Herd of Models, 2024, section 3.3.2.)
 
     Raises:
 
@@ -169,7 +169,7 @@ class _Ring:
 
     axis_name: str
     stripes: int
-    """Into how many runs of neighbouring positions a shard falls."""
+    """How many runs of consecutive positions a shard consists of."""
 
     def forward(self, inputs: Inputs) -> Output:
         """Attention output, in the dtype of `v`, and the log-sum-exp of all scores."""
@@ -272,13 +272,13 @@ class _Ring:
 
             if live is None:
                 return run(state, travelling)
-            # Compiled by itself, because `vmap` turns a `cond` into a selection among its operands,
-            # which gives constants among them a type (of varying) that the branch did not expect.
+            # Jitted, because `vmap` turns a `cond` into a selection among its operands, which makes
+            # constants among them vary over mesh axes that the branch did not expect.
             return jax.lax.cond(live, jax.jit(run), lambda *x: x, state, travelling)
 
         def step(carry: PyTree, _: None) -> tuple[PyTree, None]:
             kv, state, travelling = carry
-            # Sent off first, so that keys and values travel while these are computed with.
+            # Sent first, so that communication overlaps with computation.
             kv_next = self._move(kv)
             state, travelling = visit_or_skip(kv, state, travelling)
             return (kv_next, state, self._move(travelling)), None
@@ -305,7 +305,7 @@ class _Ring:
 
 
 def _merge(left: Output, right: Output) -> Output:
-    """Attention over the keys of both, which have none in common."""
+    """Merges attention over two disjoint sets of keys."""
     (left_out, left_lse), (right_out, right_lse) = left, right
     peak = jnp.maximum(left_lse, right_lse)
     # A query that has met no key yet has -inf, and -inf - -inf is NaN.

@@ -1,9 +1,9 @@
 """How scores change before the softmax: elementwise functions, which may have parameters.
 
 A score mod is any callable `(score, q_pos, kv_pos, head) -> score` on arrays that broadcast
-against each other. One that is an `eqx.Module` has its array leaves trained, in every
-implementation. A score mod never masks: `-inf` would be right in value but would hide from the
-kernels what can be skipped; that is what masks are for.
+against each other. If it is an `eqx.Module`, its array leaves are trained, in every implementation.
+Use a mask to exclude pairs, not a score mod that returns `-inf`: the values would be right, but
+implementations could not see what to skip.
 
 Score mods are also evaluated at pairs that a mask excludes. What they return there is not used, but
 it must be differentiable there: the logarithm of a negative distance would make their parameters'
@@ -55,7 +55,7 @@ class SoftCap(eqx.Module):
 
 
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:
-    """The slopes of ALiBi: a geometric sequence, interleaved where `num_heads` is no power of two.
+    """The slopes of ALiBi: a geometric sequence, or two if `num_heads` is not a power of two.
 
     (Press et al., Train Short, Test Long, 2022, section 3 and its reference code.)
 
@@ -70,7 +70,7 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
         return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
 
     power = 2 ** math.floor(math.log2(num_heads))
-    # The heads beyond a power of two take every other slope of the sequence twice as long.
+    # Heads beyond a power of two take every other slope of the sequence for twice as many heads.
     return tuple(geometric(power) + geometric(2 * power)[0::2][: num_heads - power])
 
 
@@ -109,8 +109,8 @@ class RelativeBias(eqx.Module):
     """The learned relative position bias of T5: one number per head and distance bucket.
 
     Half of the buckets hold exact distances, the rest grow logarithmically up to `max_distance`;
-    further away shares the last bucket. With `bidirectional` each direction has half of the
-    buckets, otherwise keys after the query share bucket 0. (Raffel et al., 2020, section 2.1.)
+    greater distances share the last bucket. With `bidirectional`, each direction has half of the
+    buckets; otherwise keys after the query share bucket 0. (Raffel et al., 2020, section 2.1.)
 
     Raises:
 
@@ -155,7 +155,7 @@ class RelativeBias(eqx.Module):
         else:
             distance = jnp.maximum(-offset, 0)
         exact = num_buckets // 2
-        # log(0) never reaches the result, but would make a NaN on the way to an integer.
+        # log(0) would not reach the result, but -inf cannot be converted to an integer.
         ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact)
         ratio /= math.log(self.max_distance / exact)
         far = exact + (ratio * (num_buckets - exact)).astype(jnp.int32)
@@ -180,7 +180,7 @@ def _as_bias(x: Float[Array | np.ndarray, "heads q kv"]) -> Float[Array, "heads 
 class DenseBias(eqx.Module):
     """A learned (or computed) bias for every head and pair of positions, indexed by position.
 
-    Pairs outside the array get no bias. It takes `O(q_seq * kv_seq)` memory whatever the
+    Pairs outside the array get no bias. It takes `O(q_seq * kv_seq)` memory in every
     implementation; prefer a function of the positions where one exists.
     """
 

@@ -18,7 +18,7 @@ class Tiling(NamedTuple):
     block_q: int
     block_kv: int
     cost: float = 1.0
-    """What one score costs, relative to other tilings."""
+    """The cost of one score, relative to other tilings."""
 
 
 class TileList(NamedTuple):
@@ -66,14 +66,14 @@ def _static_part(mask: AbstractMask) -> AbstractMask:
 
 
 def position_tiles(positions: Int[Array, " seq"], block: int) -> Int[Array, "tiles block"]:
-    """Positions by tile. The last one fills up the last tile, which keeps its range tight."""
+    """Positions by tile. The last tile is padded with the last position: its range stays tight."""
     tail = -positions.shape[0] % block
     filled = jnp.concatenate([positions, jnp.broadcast_to(positions[-1:], (tail,))])
     return filled.reshape(filled.shape[0] // block, block)
 
 
 def cost(tiling: Tiling, lists: list[TileList]) -> float:
-    """What the tiles cost that are known, while tracing, to be needed."""
+    """The cost of all tiles that are not known at trace time to be empty."""
     tiles = sum(len(x.rows) for x in lists)
     return tiles * tiling.block_q * tiling.block_kv * tiling.cost
 
@@ -81,9 +81,9 @@ def cost(tiling: Tiling, lists: list[TileList]) -> float:
 def tile_lists(inputs: Inputs, tiling: Tiling) -> list[TileList]:
     """Classifies the tiles of one attention call.
 
-    What follows from static facts (a causal mask at default positions, a window) is decided while
-    tracing, exactly and for good: empty tiles do not exist in the program, under `vmap` neither.
-    What depends on data (documents, padding, given positions) is decided at run time, by skipping.
+    What follows from static facts (a causal mask at default positions, a window) is decided at
+    trace time: empty tiles are not in the program at all, even under `vmap`. What depends on data
+    (documents, padding, given positions) is decided at run time, by skipping.
     """
     block_q, block_kv, _ = tiling
     rows, columns = -(-inputs.q_seq // block_q), -(-inputs.kv_seq // block_kv)

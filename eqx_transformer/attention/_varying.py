@@ -1,4 +1,4 @@
-"""Inside `jax.shard_map`, values have types that say over which mesh axes they vary."""
+"""Inside `jax.shard_map`, the type of a value says over which mesh axes it varies."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from jaxtyping import PyTree
 
 
 def vary_alike(tree: PyTree, like: PyTree = None) -> PyTree:
-    """Lets every array vary over the mesh axes that any of them, or of `like`, varies over.
+    """Makes every array vary over all mesh axes that any of them, or of `like`, varies over.
 
-    A loop must not change the type of what it carries, so what starts it (zeros, say) has to vary
-    as what is added to it does. Outside of `jax.shard_map` nothing happens. The transpose, a sum
-    over the devices, is JAX's.
+    A loop must not change the type of its carry, so the initial values (zeros, say) have to vary
+    like what is added to them. Outside `jax.shard_map` this does nothing. JAX transposes it, to a
+    sum over devices.
     """
     arrays = jax.tree.leaves(eqx.filter((tree, like), eqx.is_array))
     axes = frozenset[Any]().union(*(_varying_axes(x) for x in arrays))

@@ -18,7 +18,7 @@ from ._sampling import Number
 class Hypotheses(NamedTuple):
     """What `beam_search` found, best first.
 
-    - `tokens`: the new tokens. After a stop token the rest is that stop token again.
+    - `tokens`: the new tokens. After a stop token, that stop token is repeated.
     - `scores`: what they are ordered by, `log_probs` divided by the length penalty.
     - `log_probs`: the logarithms of their probabilities, given the prompt.
     - `lengths`: how many tokens count, a stop token included.
@@ -50,9 +50,9 @@ def beam_search(
     """Looks for the most probable continuations of a prompt, in one compiled program.
 
     At every step each of the `num_beams` live hypotheses is continued by every token. Of all
-    these, the `num_beams` best that do not end in a stop token live on. Those that end in one are
-    finished if they are among the `num_beams` best of all, and the `num_beams` finished ones of
-    the highest score are kept. Hypotheses that reach `max_new_tokens` are finished as they are.
+    these, the `num_beams` best that do not end in a stop token stay live. Those that end in one are
+    finished if they are among the `num_beams` best of all, and the `num_beams` finished ones with
+    the highest scores are kept. Hypotheses that reach `max_new_tokens` are finished as they are.
     One beam without a length penalty is greedy decoding.
 
     Live hypotheses, which are equally long, are compared by log-probability; finished ones by their
@@ -68,19 +68,19 @@ def beam_search(
     - `prompt`: the tokens to continue, at least one.
     - `num_beams`: how many hypotheses live at a time, and how many are returned.
     - `max_new_tokens`, `min_new_tokens`: the most and the fewest tokens of a hypothesis, a stop
-        token included. Stop tokens that come too early are passed over; the probabilities of the
-        others stay what the model says.
+        token included. Stop tokens that come too early are excluded; the probabilities of the
+        others are not renormalised.
     - `stop_tokens`: tokens that finish a hypothesis.
     - `length_penalty`: the exponent; 0 for no penalty, more favours longer hypotheses. A new value
-        does not compile anew.
-    - `early_stopping`: when to end before `max_new_tokens`. A live hypothesis can at most keep its
-        log-probability, at the length whose penalty suits it best. If `True`, the search ends as
-        soon as none can thus get a higher score than the best finished one: the first row is what
-        a full search would return, the others are what has finished by then. If `False`, as soon
-        as none can get into the rows: all of them are what a full search would return.
+        does not trigger a compilation.
+    - `early_stopping`: when to end before `max_new_tokens`. At best a live hypothesis keeps its
+        log-probability, and reaches the length with the most favourable penalty. If `True`, the
+        search ends as soon as none could thus score higher than the best finished one: the first
+        row is that of a full search, the others are those that have finished by then. If `False`,
+        it ends as soon as none could get into the rows: all of them are those of a full search.
     - `prompt_length`: how many tokens of the prompt count; the rest is padding. All if not given.
-    - `cache`: what to extend, if not an empty cache: e.g. one with the projected memory of an
-        encoder, or with an earlier part of the prompt. Any PyTree, with room for the prompt and
+    - `cache`: a cache to extend, if not an empty one: e.g. with the projected memory of an encoder,
+        or with an earlier part of the prompt. Any PyTree, with room for the prompt and
         `max_new_tokens - 1` more. The prompt is then not padded, because the room is not known.
 
     Leaves of the cache that do not depend on the tokens (memory, lengths) are shared by the beams;
@@ -124,7 +124,7 @@ class _State(NamedTuple):
     log_probs: Array  # [num_beams], -inf where there is none
     finished: Hypotheses
     index: Array  # how many tokens they have
-    settled: Array  # whether the live ones do not matter any more
+    settled: Array  # whether the live ones no longer matter
 
 
 @eqx.filter_jit
@@ -147,7 +147,7 @@ def _run(
     logits, cache = model.extend(prompt.tokens[prompt.length - 1][None], cache)
     logits = logits[0]
     dtype, vocab = accumulation_dtype(logits.dtype), logits.shape[0]
-    # So many of a beam's tokens can be among the best, stop tokens left out or not.
+    # At most this many of a beam's tokens can be among the best, stop tokens left out or not.
     width = min(vocab, num_beams + stop_tokens.shape[0])
 
     def scored(log_probs: Array, length: Array | int) -> Array:
@@ -156,8 +156,8 @@ def _run(
     def advance(state: _State, logits: Array) -> tuple[_State, Array]:
         """Adds a token to every hypothesis; also returns which ones are continued."""
         log_probs = jax.nn.log_softmax(logits.astype(dtype))
-        # A beam's tokens are ordered by its logits: sums of log-probabilities can round to equal
-        # ones, and then the first is taken.
+        # A beam's tokens are ordered by its logits: sums of log-probabilities may round to equal
+        # values, and then the first is taken.
         _, tokens = lax.top_k(logits, width)
         sums = state.log_probs[:, None] + jnp.take_along_axis(log_probs, tokens, axis=1)
         length, stops = state.index + 1, jnp.isin(tokens, stop_tokens)
@@ -172,7 +172,7 @@ def _run(
         ended = jnp.where(jnp.isin(chosen, stop_tokens), ended, -jnp.inf)
         finished = _merged(state.finished, rows, scored(ended, length), ended, length)
         live, parents, _, rows = best(jnp.where(stops, -jnp.inf, sums))
-        # The penalty is monotonic in the length, so the best one is the next or the last.
+        # The penalty is monotonic in the length, so the best length is the next or the last.
         attainable = jnp.maximum(scored(live, length + 1), scored(live, max_new_tokens))
         to_beat = jnp.where(early_stopping, finished.scores[0], finished.scores[-1])
         settled = to_beat >= attainable.max()
@@ -218,7 +218,7 @@ def _run(
 def _merged(
     old: Hypotheses, tokens: Array, scores: Array, log_probs: Array, length: Array
 ) -> Hypotheses:
-    """The best of the old hypotheses and new ones, in order; the old ones first among equals."""
+    """The best of old and new hypotheses, in order; among equals, old ones come first."""
     new = Hypotheses(tokens, scores, log_probs, jnp.broadcast_to(length, scores.shape))
     both = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), old, new)
     _, places = lax.top_k(both.scores, old.scores.shape[0])
@@ -239,8 +239,8 @@ def _flat_extend(model: AbstractDecoder, cache: Any) -> tuple[Extend, list[Array
         arrays, rest = eqx.partition(cache, eqx.is_array)
         if jax.tree.structure(arrays) != structure or not eqx.tree_equal(rest, static):
             raise ValueError(
-                "beam_search: model.extend returned a cache of another structure, or with other "
-                "leaves that are not arrays, than it was given; whatever changes must be an array."
+                "beam_search: model.extend returned a cache whose structure, or leaves that are "
+                "not arrays, differ from those it was given; whatever changes must be an array."
             )
         return logits[0], jax.tree.leaves(arrays)
 
@@ -248,7 +248,7 @@ def _flat_extend(model: AbstractDecoder, cache: Any) -> tuple[Extend, list[Array
 
 
 def _beam_axes(extend: Extend, leaves: list[Array], num_beams: int) -> list[int | None]:
-    """0 for the leaves that come to differ between beams, `None` for those that all share."""
+    """0 for leaves that come to differ between beams, `None` for leaves that all beams share."""
     batched = [False] * len(leaves)
 
     @jax.custom_batching.custom_vmap
@@ -262,12 +262,12 @@ def _beam_axes(extend: Extend, leaves: list[Array], num_beams: int) -> list[int 
         return token, True
 
     def step(token: Array, leaves: list[Array]) -> Array:
-        # The token has the beams' axis in any case; without one the rule would not be asked.
+        # The token always has the axis of beams: without any, the rule would not be called.
         return watch(token, extend(token, leaves)[1])
 
     token = jax.ShapeDtypeStruct((num_beams,), jnp.int32)
     while True:
-        # One leaf may make another differ at the next step: until nothing changes.
+        # A leaf may make another one differ at the next step: repeat until nothing changes.
         axes = [0 if x else None for x in batched]
         shapes = [
             jax.ShapeDtypeStruct((num_beams, *x.shape) if b else x.shape, x.dtype)

@@ -26,12 +26,12 @@ from ._sampling import Number, sample
 class Generation(NamedTuple):
     """What `generate_with_log_probs` returns.
 
-    - `tokens`: the new tokens; after the last one that counts, that one again.
+    - `tokens`: the new tokens; the last one that counts is repeated to the end.
     - `length`: how many of them count, a stop token included.
     - `log_probs`: their log-probabilities in the model's own distribution, before temperature,
         filters and processors; 0 for those that do not count.
-    - `cache`: what the model keeps of all tokens but the last. To go on, give it to the next call,
-        with a prompt that begins with that token.
+    - `cache`: the cache of all tokens but the last. To continue, pass it to the next call, with a
+        prompt that begins with that token.
     """
 
     tokens: Int[Array, " max_new_tokens"]
@@ -63,7 +63,7 @@ def generate(
     """Continues a prompt, one token at a time, in one compiled program.
 
     Prompts are padded to the next power of two, so prompts of similar lengths share one
-    compilation; the sampling numbers do not compile anew either. For a batch, `jax.vmap` over
+    compilation; new sampling parameters do not trigger one either. For a batch, `jax.vmap` over
     prompts (padded on the right to one length, with `prompt_length`) and keys: an example's
     tokens do not depend on the others. For several samples of one prompt, `jax.vmap` over keys
     alone: the prompt is then read once.
@@ -73,25 +73,25 @@ def generate(
     - `model`: a decoder, such as `Llama`. Dropout is switched off.
     - `prompt`: the tokens to continue, at least one.
     - `max_new_tokens`, `min_new_tokens`: the most and the fewest tokens to generate. Stop tokens
-        that would come too early are forbidden, stop sequences passed over.
+        that would come too early are forbidden, stop sequences ignored.
     - `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`: see `filter_logits`. Temperature 0 is
         greedy.
-    - `processors`: changes of the logits before that, in order, which may depend on the tokens so
+    - `processors`: changes to the logits before that, in order, which may depend on the tokens so
         far: `RepetitionPenalty`, `LogitBias`, `AllowTokens`, any function `(logits, history) ->
         logits`.
-    - `stop_tokens`, `stop_sequences`: after which nothing more is generated.
+    - `stop_tokens`, `stop_sequences`: nothing more is generated after these.
     - `prompt_length`: how many tokens of the prompt count; the rest is padding. All if not given.
-    - `cache`: what to extend, if not an empty cache: e.g. one with the projected memory of an
-        encoder, or with an earlier part of a conversation. It needs room for the prompt and
+    - `cache`: a cache to extend, if not an empty one: e.g. with the projected memory of an encoder,
+        or with an earlier part of a conversation. It needs room for the prompt and
         `max_new_tokens - 1` more. The prompt is then not padded, because the room is not known,
-        and processors do not see what is in the cache.
+        and processors do not see the tokens in the cache.
     - `key`: for sampling; not needed at temperature 0.
-    - `on_token`: called on the host with each token as it appears, for people who watch. Not
-        available under `jax.vmap`. A new function compiles anew.
+    - `on_token`: called on the host with each token as it is generated, e.g. to display it. Not
+        available under `jax.vmap`. A new function triggers a compilation.
 
     Returns:
 
-    The new tokens. After a stop token the rest is that stop token again.
+    The new tokens. After a stop token, that stop token is repeated.
 
     Raises:
 
@@ -140,7 +140,7 @@ def generate_with_log_probs(
     key: PRNGKeyArray | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Generation:
-    """What `generate` returns, with log-probabilities, and the cache to go on with.
+    """What `generate` returns, with log-probabilities, and the cache to continue from.
 
     Arguments and errors are those of `generate`.
     """
@@ -175,7 +175,7 @@ class _State(NamedTuple):
     tokens: Array  # the prompt, then the new ones
     log_probs: Array
     index: Array  # of the next token
-    length: Array  # how many tokens are new; behind `index` once it is done
+    length: Array  # how many tokens are new; lags behind `index` once done
     done: Array
     cache: Any
 
@@ -202,7 +202,7 @@ def _run(
 
     def body(state: _State) -> _State:
         end = prompt.length + state.index
-        # The state of those that are done stays as it is.
+        # Examples that are done keep their state.
         count = jnp.where(state.done, 0, 1).astype(jnp.int32)
         logits, cache = model.extend(state.tokens[end - 1][None], state.cache, length=count)
         logits = logits[0].astype(accumulation_dtype(logits.dtype))
@@ -210,7 +210,7 @@ def _run(
         wanted = process(processors, logits, history)
         early = state.index + 1 < min_new_tokens
         wanted = jnp.where(early, wanted.at[stops.tokens].set(-jnp.inf), wanted)
-        # Keys by index and not by splitting: they do not depend on when others stop.
+        # Keys by index, not by splitting, so that they do not depend on when others stop.
         token = sample(wanted, jax.random.fold_in(key, state.index), **options)
         if on_token is not None:
             jax.debug.callback(_tell, on_token, token, ordered=True)
@@ -238,7 +238,7 @@ def _run(
         cache,
     )
     state = jax.lax.while_loop(unfinished, body, state)
-    # What was computed for those that were done, while others were not, does not count.
+    # Tokens computed for examples that were done, while others were not, do not count.
     places = jnp.minimum(jnp.arange(max_new_tokens, dtype=jnp.int32), state.length - 1)
     return Generation(
         state.tokens[prompt.length + places], state.length, state.log_probs, state.cache
@@ -246,7 +246,7 @@ def _run(
 
 
 def check_counts(owner: str, min_new_tokens: int, max_new_tokens: int) -> None:
-    """Checks how many tokens are to be generated."""
+    """Checks the numbers of tokens to generate."""
     if max_new_tokens < 1:
         raise ValueError(f"{owner}: max_new_tokens={max_new_tokens} must be at least 1.")
     if not 0 <= min_new_tokens <= max_new_tokens:
@@ -265,10 +265,10 @@ def sampling_options(
     min_p: Number | None,
     typical_p: Number | None,
 ) -> dict[str, Array | None]:
-    """The numbers as arrays, which do not compile anew, checked where they are known."""
+    """The numbers as arrays, so that new ones do not recompile, checked where they are known."""
 
     def checked(name: str, value: Number | None, least: float, most: float) -> Array | None:
-        # Only numbers known ahead of time; an array may be traced.
+        # Only Python numbers are checked; an array may be traced.
         if isinstance(value, int | float) and not least <= value <= most:
             raise ValueError(f"{owner}: {name}={value} must be between {least:g} and {most:g}.")
         return None if value is None else jnp.asarray(value, jnp.float32)
@@ -283,7 +283,7 @@ def sampling_options(
 
 
 def sampling_key(owner: str, key: PRNGKeyArray | None, temperature: Number) -> PRNGKeyArray:
-    """The key, or any one where it is not needed."""
+    """The key, or an arbitrary one where none is needed."""
     if key is not None:
         return key
     if not (isinstance(temperature, int | float) and temperature == 0):

@@ -15,16 +15,17 @@ from ._prompt import AbstractDecoder
 
 
 class PagedCache(eqx.Module):
-    """What a model keeps of many sequences, with their keys and values in one pool of pages.
+    """A model's cache for many sequences, with their keys and values in one pool of pages.
 
-    For batches that sequences join and leave: memory is that of the pages in use and not of
-    `num_sequences` times the longest, and sequences with a beginning in common share its pages. A
-    page holds `page_size` positions in every layer. (Kwon et al., Efficient Memory Management for
-    Large Language Model Serving with PagedAttention, 2023.)
+    For batches that sequences join and leave: sequences need pages only for the positions they
+    have, not for the longest possible one, and can share those of a common prefix. A page holds
+    `page_size` positions in every layer. (Kwon et al., Efficient Memory Management for Large
+    Language Model Serving with PagedAttention, 2023.)
 
-    A value, like all caches: every method returns a new one, under `jax.jit` too, with shapes that
-    never change. Donate it to the compiled function (`donate_argnums`), or carry it through a loop,
-    and the pages are updated in place. A sequence is a row; one of length 0 is free.
+    Like all caches it is immutable: every method returns a new one, under `jax.jit` too, with
+    shapes that never change. Donate it to the compiled function (`donate_argnums`), or carry it
+    through a loop, and the pages are updated in place. A sequence is a row; one of length 0 is
+    free.
 
     Layers with a sliding window keep their window, and other layers their state, for each row.
     """
@@ -32,13 +33,13 @@ class PagedCache(eqx.Module):
     pools: Any
     """The pages of every layer that has keys and values of all positions."""
     states: Any
-    """What the model keeps besides, with a leading axis of rows."""
+    """Everything else that the model keeps, with a leading axis of rows."""
     empty: Any
-    """That of a free row."""
+    """The same for a free row, without that axis."""
     page_table: Int[Array, "num_sequences max_pages"]
     """The pages of every row in order, then -1."""
     lengths: Int[Array, " num_sequences"]
-    """How many tokens there are of every row."""
+    """How many tokens every row has."""
     users: Int[Array, " num_pages"]
     """How many rows use each page; 0 if it is free."""
     page_size: int = eqx.field(static=True)
@@ -109,16 +110,16 @@ class PagedCache(eqx.Module):
         *,
         rows: Int[Array, " batch"] | None = None,
     ) -> tuple[Float[Array, "batch seq vocab"], "PagedCache"]:
-        """The logits at the next positions of every row: prefill, a part of one, or decoding.
+        """The logits at the next positions of every row, for prefill (also in parts) and decoding.
 
         Arguments:
 
-        - `model`: that which the cache was made for. Dropout is switched off.
+        - `model`: the one that the cache was made for. Dropout is switched off.
         - `tokens`: the next tokens of every row.
-        - `length`: how many of them count, 0 for a row that is to stay as it is; the rest is
-            padding, whose logits are meaningless. All if not given.
-        - `rows`: which rows these are, all different; all in order if not given. To read the prompt
-            of one, without computing anything for the others.
+        - `length`: how many of them count, 0 for a row that is not to change; the rest is padding,
+            whose logits are meaningless. All if not given.
+        - `rows`: which rows these are, without repetition; all in order if not given. Use it to
+            read the prompt of one without computing anything for the others.
 
         Returns:
 
@@ -127,7 +128,7 @@ class PagedCache(eqx.Module):
         Raises:
 
         - `ValueError` if `tokens` is not `[batch, seq]`, `length` or `rows` is not `[batch]`, or
-            `tokens` are not for every row and `rows` is not given.
+            there are not tokens for every row and `rows` is not given.
         - An error, at run time under `jax.jit`, if there are too few free pages, a sequence
             becomes longer than `max_len`, or `length` or `rows` are out of range.
         """
@@ -139,8 +140,8 @@ class PagedCache(eqx.Module):
         (batch, seq), num_rows = tokens.shape, self.lengths.shape[0]
         if rows is None and batch != num_rows:
             raise ValueError(
-                f"PagedCache: tokens for {batch} rows, but there are {num_rows}; pass those of "
-                "every row, or say with rows= which they are."
+                f"PagedCache: tokens for {batch} rows, but there are {num_rows}; pass tokens for "
+                "every row, or say with rows= which they are for."
             )
         for name, given in (("length", length), ("rows", rows)):
             if given is not None and np.shape(given) != (batch,):
@@ -210,10 +211,11 @@ class PagedCache(eqx.Module):
 
         Raises:
 
-        - `ValueError` if there is not one length for every row, or for a state that cannot forget.
+        - `ValueError` if there is not one length for every row, or a layer's state cannot take
+            tokens back.
         - An error, at run time under `jax.jit`, if a length is negative or more than there are, if
-            a window no longer has the positions, see `RingCache`, or if a page is needed, because
-            what is taken back is shared, and none is free.
+            a window no longer has the positions (see `RingCache`), or if a shared page must be
+            copied and none is free.
         """
         if lengths.shape != self.lengths.shape:
             raise ValueError(
@@ -232,7 +234,7 @@ class PagedCache(eqx.Module):
     def fork(self, source: Int[Array, ""] | int, target: Int[Array, ""] | int) -> "PagedCache":
         """Makes the free row `target` a duplicate of `source`: for samples, or a common prompt.
 
-        Pages are shared, but for the last one if there is room in it, which is copied.
+        Pages are shared, except for a last one with room in it, which is copied.
 
         Raises:
 
@@ -262,11 +264,11 @@ class PagedCache(eqx.Module):
         return jnp.arange(self.page_table.shape[1], dtype=jnp.int32)[None, :]
 
     def _pages(self, table: Array) -> Array:
-        """The entries of a table, with those that are none behind the last page."""
+        """The entries of a table, with empty ones past the last page."""
         return jnp.where(table < 0, self.users.shape[0], table)
 
     def _reserved(self, lengths: Array) -> "PagedCache":
-        """With pages for so many positions of every row."""
+        """With pages for this many positions of every row."""
         lengths = eqx.error_if(
             lengths,
             lengths > self.max_len,
@@ -279,7 +281,7 @@ class PagedCache(eqx.Module):
         return self._given((columns >= 0) & (columns < new[:, None]))
 
     def _given(self, wanted: Array) -> "PagedCache":
-        """With a free page in every place of the table that is marked."""
+        """With a free page at every marked place of the table."""
         num_pages = self.users.shape[0]
         order = jnp.cumsum(wanted.reshape(-1), dtype=jnp.int32).reshape(wanted.shape) - 1
         order = eqx.error_if(
@@ -295,7 +297,7 @@ class PagedCache(eqx.Module):
         return dataclasses.replace(self, page_table=table, users=users)
 
     def _released(self, lengths: Array) -> "PagedCache":
-        """Without the pages behind these lengths."""
+        """Without the pages beyond these lengths."""
         kept = self._columns() < -(-lengths[:, None] // self.page_size)
         gone = self._pages(jnp.where(kept, -1, self.page_table))
         return dataclasses.replace(
@@ -306,12 +308,12 @@ class PagedCache(eqx.Module):
         )
 
     def _owned(self, which: Array) -> "PagedCache":
-        """With the page that each of these rows writes to next its own, and not a shared one."""
+        """With the page that each of these rows writes to next copied if it is shared."""
         column, rest = self.lengths // self.page_size, self.lengths % self.page_size
         last = self._columns() == column[:, None]
         old = jnp.max(jnp.where(last, self.page_table, -1), axis=1)
         writes = which & (rest > 0)
-        # Of rows that leave a page that is theirs alone, the last keeps it.
+        # Of rows that would all leave the page they share, the last keeps it.
         alike = jnp.tril((old[:, None] == old[None, :]) & writes[None, :], -1)
         shared = writes & (self.users[old] > 1 + jnp.sum(alike, axis=1, dtype=jnp.int32))
         wanted = last & shared[:, None]
@@ -325,12 +327,12 @@ class PagedCache(eqx.Module):
         return dataclasses.replace(cache, users=left, pools=pools)
 
 
-# Compiled, so that what is replaced by pages is never made.
+# Compiled, so that the arrays that pages replace are never allocated.
 @eqx.filter_jit
 def _empty(
     model: AbstractDecoder, num_pages: int, page_size: int, max_len: int, dtype: Any
 ) -> tuple[Any, Any]:
-    """Pages for every layer, and what else the model keeps of one sequence."""
+    """Pages for every layer, and everything else that the model keeps of one sequence."""
     state = jax.tree.map(
         lambda x: Pages.like(x, num_pages, page_size) if isinstance(x, KVCache) else x,
         model.init_cache(max_len, dtype),

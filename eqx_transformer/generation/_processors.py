@@ -1,4 +1,4 @@
-"""Changes of logits before a token is drawn, which may depend on the tokens so far."""
+"""Changes to logits before a token is drawn, which may depend on the tokens so far."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ class History(eqx.Module):
         return zeros.at[self.tokens].add(counted.astype(jnp.int32))
 
     def last(self, count: int) -> Int[Array, " count"]:
-        """The last `count` tokens, with -1 in the place of those that there are not."""
+        """The last `count` tokens, with -1 for those that do not exist."""
         places = self.length - count + jnp.arange(count, dtype=jnp.int32)
         return jnp.where(places >= 0, self.tokens[jnp.maximum(places, 0)], -1)
 
@@ -48,7 +48,7 @@ def _positive(penalty: Number) -> Array:
 
 
 class RepetitionPenalty(eqx.Module):
-    """Makes tokens that occurred less probable, those of the prompt included.
+    """Makes tokens that have occurred less probable, those of the prompt included.
 
     Positive logits are divided by the penalty, negative ones multiplied. (Keskar et al., CTRL,
     2019, section 4.1.)
@@ -72,7 +72,7 @@ class RepetitionPenalty(eqx.Module):
 
 
 class PresencePenalty(eqx.Module):
-    """Subtracts a number from the logits of tokens that were generated.
+    """Subtracts a number from the logits of tokens that were generated already.
 
     Arguments:
 
@@ -90,7 +90,7 @@ class PresencePenalty(eqx.Module):
 
 
 class FrequencyPenalty(eqx.Module):
-    """Subtracts a number from the logits of tokens, as often as they were generated.
+    """Subtracts a number from the logits of tokens for each time they were generated.
 
     Arguments:
 
@@ -126,12 +126,12 @@ class LogitBias(eqx.Module):
         self.bias = jnp.asarray([float(x) for x in bias.values()], jnp.float32)
 
     def __call__(self, logits: Float[Array, " vocab"], history: History) -> Float[Array, " vocab"]:
-        """The logits with what is added."""
+        """The logits with the bias added."""
         return logits.at[self.tokens].add(self.bias.astype(logits.dtype))
 
 
 class ForbidRepeats(eqx.Module):
-    """Forbids tokens that would complete a run of `size` tokens that occurred already.
+    """Forbids tokens that would complete a run of `size` tokens that has occurred already.
 
     (Paulus et al., 2018, section 2.5.)
 
@@ -147,26 +147,26 @@ class ForbidRepeats(eqx.Module):
             raise ValueError(f"ForbidRepeats: size={self.size} must be at least 1.")
 
     def __call__(self, logits: Float[Array, " vocab"], history: History) -> Float[Array, " vocab"]:
-        """The logits, `-inf` for what is forbidden."""
+        """The logits, with `-inf` for forbidden tokens."""
         follows = follows_run(history, history.last(self.size - 1))
         seen = jnp.zeros(logits.shape, jnp.int32).at[history.tokens].add(follows.astype(jnp.int32))
         return jnp.where(seen > 0, -jnp.inf, logits)
 
 
 class AllowTokens(eqx.Module):
-    """Forbids all tokens but those that a function allows, e.g. what a grammar can go on with.
+    """Forbids all tokens but those that a function allows, e.g. those that a grammar permits.
 
     Arguments:
 
-    - `allowed`: `history -> mask`, with `True` for what may come next. It is traced: a state that
-        depends on all tokens so far is best computed from a table of transitions, by a scan over
-        `history.tokens`.
+    - `allowed`: `history -> mask`, with `True` for tokens that may come next. It is traced: a state
+        that depends on all tokens so far is best computed from a table of transitions, by a scan
+        over `history.tokens`.
     """
 
     allowed: Callable[[History], Bool[Array, " vocab"]]
 
     def __call__(self, logits: Float[Array, " vocab"], history: History) -> Float[Array, " vocab"]:
-        """The logits, `-inf` for what is not allowed."""
+        """The logits, with `-inf` for tokens that are not allowed."""
         return jnp.where(self.allowed(history), logits, -jnp.inf)
 
 

@@ -1,4 +1,4 @@
-"""What all loops over a decoder begin with."""
+"""What all generation loops begin with."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _SMALLEST_BUCKET = 16
 
 @runtime_checkable
 class AbstractDecoder(Protocol):
-    """What `generate` asks of a model."""
+    """What `generate` requires of a model."""
 
     @property
     def config(self) -> Any:
@@ -34,7 +34,7 @@ class AbstractDecoder(Protocol):
 
 
 class Prompt(NamedTuple):
-    """A prompt that is padded to a bucket, so that prompts of similar lengths compile once."""
+    """A prompt padded to a bucket, so that prompts of similar lengths share one compilation."""
 
     tokens: Int[Array, " bucket"]
     length: Int[Array, ""]
@@ -51,13 +51,13 @@ def make_prompt(
     room: int,
     cache: Any,
 ) -> tuple[Prompt, int | None]:
-    """A prompt, and for how many positions to make a cache if there is none yet.
+    """A prompt, and how many positions a new cache needs if there is none yet.
 
     Arguments:
 
-    - `owner`: who asks, for messages.
+    - `owner`: the caller, for messages.
     - `room`: how many positions are needed after the prompt.
-    - `cache`: what is to be extended; the room in it is not known, so nothing is padded then.
+    - `cache`: an existing cache; the room in it is not known, so the prompt is not padded then.
 
     Raises:
 
@@ -65,8 +65,8 @@ def make_prompt(
     """
     if not hasattr(model, "extend"):
         raise ValueError(
-            f"{owner}: {type(model).__name__} has no init_cache and extend, so it cannot go on "
-            "with a text; use a decoder, such as Llama."
+            f"{owner}: {type(model).__name__} has no init_cache and extend, so it cannot continue "
+            "a text; use a decoder, such as Llama."
         )
     seq = tokens.shape[0]
     if seq < 1:
@@ -80,8 +80,8 @@ def make_prompt(
         max_len = model.config.max_len
         if seq + room > max_len:
             raise ValueError(
-                f"{owner}: {seq} tokens of prompt and {room} more are more than max_len={max_len}; "
-                "shorten the prompt or generate fewer."
+                f"{owner}: {seq} tokens of prompt and {room} more exceed max_len={max_len}; "
+                "shorten the prompt or generate fewer tokens."
             )
         bucket = min(max_len, max(_SMALLEST_BUCKET, 2 ** math.ceil(math.log2(seq))))
         cache_len = min(max_len, bucket + room)
@@ -103,9 +103,9 @@ def checked(owner: str, prompt: Prompt) -> Prompt:
 def prefill(model: AbstractDecoder, prompt: Prompt, cache: Any) -> tuple[Any, Any]:
     """The cache with all of the prompt but its last token.
 
-    That one is left to the loop: then nobody asks for logits here, and their product with the
-    vocabulary, for every token of the prompt, is never computed. What is returned besides the cache
-    is their dtype.
+    That one is left to the loop: then no logits are used here, and the product with the vocabulary,
+    for every token of the prompt, is never computed. The dtype of logits is returned with the
+    cache.
     """
     logits, cache = model.extend(prompt.tokens, cache, length=prompt.length - 1)
     return cache, logits.dtype
@@ -114,9 +114,9 @@ def prefill(model: AbstractDecoder, prompt: Prompt, cache: Any) -> tuple[Any, An
 def anywhere(flag: Bool[Array, ""]) -> Bool[Array, ""]:
     """`flag`; under `jax.vmap`, whether it is set for any example of the batch.
 
-    A loop whose condition differs between examples would copy its state at every step to keep that
-    of those that are done. With this as its condition it goes on for all of them until the last is
-    done, and must leave the others as they are itself.
+    A loop whose condition differs between examples would copy its state at every step, to keep that
+    of examples that are done. With this as its condition it runs until the last example is done,
+    and its body must keep the state of the others.
     """
     return _anywhere(flag)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 Number = float | int | Float[Array, ""] | Int[Array, ""]
-"""A number, or an array of one, which does not compile anew when it changes."""
+"""A number, or an array of one, which can change without a new compilation."""
 
 
 def filter_top_k(logits: Float[Array, " vocab"], k: Number) -> Float[Array, " vocab"]:
@@ -22,12 +22,12 @@ def filter_top_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vo
 
 
 def filter_typical_p(logits: Float[Array, " vocab"], p: Number) -> Float[Array, " vocab"]:
-    """Keeps the tokens whose surprise is nearest to the entropy, until they sum to at least `p`.
+    """Keeps the tokens whose surprisal is nearest to the entropy, until they sum to at least `p`.
 
     At least one. (Locally typical sampling: Meister et al., 2023, equation 10.)
     """
     log_p = jax.nn.log_softmax(logits)
-    # Tokens that an earlier filter took out have no surprise, and come last.
+    # Tokens that an earlier filter removed have no finite surprisal, and come last.
     kept = jnp.isfinite(log_p)
     surprise = -jnp.where(kept, log_p, 0)
     entropy = jnp.sum(jnp.exp(log_p) * surprise)
@@ -54,8 +54,8 @@ def filter_logits(
 ) -> Float[Array, " vocab"]:
     """Logits of the distribution that `sample` draws from.
 
-    They are divided by `temperature` and then filtered, in the order of the arguments. The
-    temperature 0 keeps the most probable token alone.
+    They are divided by `temperature` and then filtered, in the order of the arguments. Temperature
+    0 keeps only the most probable token.
     """
     temperature = jnp.asarray(temperature).astype(logits.dtype)
     scaled = logits / jnp.where(temperature > 0, temperature, 1)
@@ -89,7 +89,7 @@ def sample(
         filtered = filter_logits(logits, temperature=temperature, **options)
         return jax.random.categorical(key, filtered).astype(jnp.int32)
 
-    # Random numbers for a whole vocabulary take longer than all else that is done here.
+    # Random numbers for a whole vocabulary take longer than everything else here.
     return jax.lax.cond(jnp.asarray(temperature) > 0, drawn, lambda: _most_probable(logits))
 
 
@@ -103,11 +103,11 @@ def _most_probable(logits: Float[Array, " vocab"]) -> Int[Array, ""]:
 def _smallest_set(
     logits: Float[Array, " vocab"], cost: Float[Array, " vocab"], p: Number
 ) -> Float[Array, " vocab"]:
-    """Keeps the fewest tokens of the lowest cost with a probability of at least `p` together."""
+    """Keeps the fewest tokens, in order of cost, whose probabilities sum to at least `p`."""
     order = jnp.argsort(cost, stable=True)
     probabilities = jax.nn.softmax(logits)[order]
     before = jnp.cumsum(probabilities) - probabilities
-    # The first one stays also where rounding, or `p = 0`, would drop it.
+    # The first one is kept even where rounding, or `p = 0`, would drop it.
     kept = (before < jnp.asarray(p).astype(before.dtype)).at[0].set(True)
     return jnp.where(kept[_ranks(-cost)], logits, -jnp.inf)
 

@@ -27,12 +27,12 @@ from ._sampling import Number, filter_logits
 class PromptLookup(eqx.Module):
     """Proposes what followed the last occurrence of the last few tokens.
 
-    Costs next to nothing, and is often right where a text repeats itself: summaries, edits of
+    It costs next to nothing, and is often right where a text repeats itself: summaries, edits of
     code. (Saxena, Prompt Lookup Decoding, 2023.)
 
     Arguments:
 
-    - `size`: how many of the last tokens are looked for; where they did not occur before, fewer.
+    - `size`: how many of the last tokens to look for; fewer if they have not occurred before.
     """
 
     size: int = eqx.field(static=True, default=3)
@@ -49,7 +49,7 @@ class PromptLookup(eqx.Module):
             place = jnp.max(jnp.where(follows_run(history, history.last(size)), places, -1))
             best = jnp.where(place >= 0, place, best)
         wanted = best + jnp.arange(count, dtype=jnp.int32)
-        # What would come after the end repeats what is proposed before it.
+        # Proposals beyond the end repeat those before it.
         period = jnp.maximum(history.length - best, 1)
         return history.tokens[jnp.where(wanted < history.length, wanted, wanted - period)]
 
@@ -57,9 +57,9 @@ class PromptLookup(eqx.Module):
 class Speculation(NamedTuple):
     """What `generate_speculatively` returns.
 
-    - `tokens`: the new tokens; after the last one that counts, that one again.
+    - `tokens`: the new tokens; the last one that counts is repeated to the end.
     - `length`: how many of them count, a stop token included.
-    - `num_calls`: how often the model was asked, the prompt not counted.
+    - `num_calls`: how often the model was called, not counting the prompt.
     """
 
     tokens: Int[Array, " max_new_tokens"]
@@ -88,17 +88,17 @@ def generate_speculatively(
 ) -> Speculation:
     """Generates what `model` would, several tokens at a time.
 
-    The draft proposes tokens, the model looks at all of them at once, and as many are taken as
-    follow the model's own distribution: that of the new tokens is exactly the one of `generate`
-    with these options (not the same tokens for the same key). At temperature 0 they are the same
-    tokens. (Leviathan et al., 2023, algorithm 1.)
+    The draft proposes tokens, the model scores all of them at once, and the first few are accepted
+    so that the new tokens have exactly the distribution of `generate` with these options (not the
+    same tokens for the same key). At temperature 0 they are the same tokens. (Leviathan et al.,
+    2023, algorithm 1.)
 
-    Worth it where a call of the model costs about the same for one token as for a few, as at batch
-    size one, and the draft is much cheaper and often right.
+    It is worth it where a call of the model costs about the same for one token as for a few, as at
+    batch size one, and the draft is much cheaper and often right.
 
     Arguments:
 
-    - `model`: the decoder whose distribution it is.
+    - `model`: the decoder to sample from.
     - `draft`: a smaller decoder with the same tokens, or `PromptLookup()`.
     - `num_draft_tokens`: how many tokens are proposed at a time.
     - `prompt`, `max_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`,
@@ -106,9 +106,8 @@ def generate_speculatively(
 
     Raises:
 
-    - `ValueError` as `generate` does, with room for `num_draft_tokens` more; or for a
-        `num_draft_tokens` below 1. Caches must be such that tokens can be taken back, see
-        `truncate`.
+    - `ValueError` like `generate`, with room for `num_draft_tokens` more; for `num_draft_tokens`
+        below 1; or for caches from which tokens cannot be taken back (see `truncate`).
     """
     owner = "generate_speculatively"
     check_counts(owner, 0, max_new_tokens)
@@ -142,7 +141,7 @@ def generate_speculatively(
 
 class _State(NamedTuple):
     tokens: Array  # the prompt, then the new ones
-    end: Array  # how many there are of both
+    end: Array  # how many tokens there are in all
     done: Array
     calls: Array
     caches: tuple[Any, Any]  # of all tokens but the last
@@ -165,13 +164,13 @@ def _run(
     bucket = prompt.tokens.shape[0]
 
     def probabilities(logits: Array, tokens: Array, end: Array) -> Array:
-        """What `generate` would draw from after `tokens[:end]`."""
+        """The distribution that `generate` would draw from after `tokens[:end]`."""
         logits = logits.astype(accumulation_dtype(logits.dtype))
         history = History(tokens, end, prompt.length)
         return jax.nn.softmax(filter_logits(process(processors, logits, history), **options))
 
     def proposed(state: _State, key: PRNGKeyArray) -> tuple[Array, Array | None, Any]:
-        """The tokens with proposals added, what they were drawn from, and the draft's cache."""
+        """The tokens with proposals added, their distributions, and the draft's cache."""
         if isinstance(draft, PromptLookup):
             history = History(state.tokens, state.end, prompt.length)
             tokens = draft.propose(history, num_draft)
@@ -185,8 +184,8 @@ def _run(
             token = jnp.argmax(jnp.log(q) + noise).astype(jnp.int32)
             return (tokens.at[end].set(token), end + 1, cache), q
 
-        # One more than is proposed, for the cache of the last one. It is overwritten. Random
-        # numbers for all at once: where a draft is worth it, a call of the generator costs as much.
+        # One more than is proposed, which is overwritten, to have the last one in the cache. Random
+        # numbers for all at once: each call of the generator may cost as much as a small draft.
         logits, _ = eqx.filter_eval_shape(decoder.extend, state.tokens[:1], state.caches[1])
         shape = (num_draft + 1, logits.shape[-1])
         noise = jax.random.gumbel(key, shape, accumulation_dtype(logits.dtype))
@@ -203,26 +202,26 @@ def _run(
         p = jax.vmap(probabilities, in_axes=(0, None, 0))(logits, tokens, ends)
         if q is None:
             q = jax.nn.one_hot(known[1:], p.shape[1], dtype=p.dtype)
-        # Nothing is proposed after the last one: what is drawn there is drawn from p.
+        # Nothing is proposed after the last proposal: a token there is drawn from p.
         q = q.astype(p.dtype)[:num_draft]
         places = jnp.arange(num_draft)
         ratio = p[places, known[1:]] / jnp.maximum(q[places, known[1:]], jnp.finfo(p.dtype).tiny)
         taken = jax.random.uniform(accept_key, (num_draft,), p.dtype) < ratio
         count = jnp.sum(jnp.cumprod(taken.astype(jnp.int32)))
         rest = jnp.maximum(p - jnp.pad(q, ((0, 1), (0, 0))), 0)[count]
-        # Where p and q are equal up to rounding nothing may be left, and either will do.
+        # If p and q are equal up to rounding, nothing may be left, and either will do.
         rest = jnp.where(rest.sum() > 0, rest, p[count])
         last = jax.random.categorical(last_key, jnp.log(rest)).astype(jnp.int32)
         tokens = tokens.at[state.end + count].set(last)
 
-        # Up to the first stop, and not more than was asked for.
+        # Up to the first stop, and at most `max_new_tokens`.
         new = state.end + 1 + jnp.arange(num_draft + 1, dtype=jnp.int32)
         stopped = jax.vmap(lambda end: stops.after(tokens, prompt.length, end))(new)
         stopped = stopped & (new <= state.end + count + 1)
         end = jnp.min(jnp.where(stopped, new, state.end + count + 1))
         end = jnp.minimum(end, prompt.length + max_new_tokens)
         done = stopped.any() | (end == prompt.length + max_new_tokens)
-        # Those that are done stay as they are, while others of a batch go on.
+        # Examples that are done keep their state while others of a batch continue.
         end = jnp.where(state.done, state.end, end)
         caches = (truncate(cache, end - 1), truncate(draft_cache, end - 1))
         calls = state.calls + jnp.where(state.done, 0, 1).astype(jnp.int32)

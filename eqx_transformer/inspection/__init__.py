@@ -1,4 +1,4 @@
-"""What a model computes on the way, as outputs to look at and as places to interfere."""
+"""Intermediate values of a model, as outputs to look at and as places to intervene."""
 
 from ._capture import capture as capture
 from ._lens import logit_lens as logit_lens

@@ -1,4 +1,4 @@
-"""Values that are computed on the way, as outputs."""
+"""Intermediate values of layers, as outputs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,21 +17,22 @@ from ._stacks import AbstractStandIn, stacks_of, with_stand_ins
 def capture(
     model: Callable[..., Any], *sites: Site, stack: str | None = None
 ) -> Callable[..., tuple[Any, dict[str, Array]]]:
-    """The same function, which also returns values that its layers compute on the way.
+    """The same function, which also returns intermediate values of its layers.
 
         logits, seen = capture(model, "output", "weights")(tokens)
         seen["weights"][3]                                      # [heads, seq, seq] of layer 3
 
-    What the model returns does not change, and nothing is computed twice but `"weights"`, which
-    fast attention never has. It is a function like the model: batch it by `jax.vmap`, compile it by
-    `eqx.filter_jit`, differentiate it. Values of a `patched` model are those it goes on with.
+    What the model returns does not change, and nothing is computed twice except `"weights"`, which
+    fast attention never materialises. It is a function like the model: batch it by `jax.vmap`,
+    compile it by `eqx.filter_jit`, differentiate it. In a `patched` model, the values are those
+    after the patch.
 
     Arguments:
 
     - `model`: a model, a method of one (`model.encode`), a stack or a block.
     - `sites`: which values; see `Site`.
-    - `stack`: the path of the stack to look into, where a model has several whose values do not fit
-        together: `"encoder"`, `"decoder"`.
+    - `stack`: the path of the stack to look into, if a model has several whose values differ in
+        shape: `"encoder"`, `"decoder"`.
 
     Returns:
 
@@ -83,8 +84,8 @@ class _Capture(eqx.Module):
         out = with_stand_ins(recording, self.model, self.stack)(*args, **kwargs)
         if _is_traced(seen) and not _is_traced(out):
             raise ValueError(
-                "capture: the model calls its layers inside of eqx.filter_jit, eqx.filter_vmap or "
-                "the like, which values cannot leave; transform what capture returns instead, e.g. "
+                "capture: the model calls its layers inside eqx.filter_jit, eqx.filter_vmap or the "
+                "like, which values cannot leave; transform what capture returns instead, e.g. "
                 "eqx.filter_vmap(capture(model, 'output'))."
             )
         return out, {site: _joined(site, seen) for site in self.sites}
@@ -108,7 +109,7 @@ def _joined(site: str, seen: list[dict[str, list[Array]]]) -> Array:
 
 
 class _Recording(AbstractStandIn):
-    """Hands on what the blocks compute."""
+    """Passes on what the blocks compute, and records it."""
 
     inner: Any
     sites: tuple[str, ...] = eqx.field(static=True)
@@ -128,8 +129,8 @@ class _Recording(AbstractStandIn):
 
     def extend(self, x: Array, cache: Any, **options: Any) -> tuple[Array, Any]:
         raise ValueError(
-            "capture: values are captured of a whole sequence, not with a cache; call the model on "
-            "all tokens so far, which gives the same."
+            "capture: values are captured for a whole sequence, not with a cache; call the model "
+            "on all tokens so far, which gives the same."
         )
 
     def apply_with(
@@ -154,7 +155,7 @@ class _Recording(AbstractStandIn):
 def _recorders(
     block: AbstractBlock, sites: tuple[str, ...]
 ) -> tuple[AbstractBlock, dict[str, list[Any]]]:
-    """The block, and lists with a place for every value, that it will fill."""
+    """The block, and lists with a place for every value, which it fills when called."""
     values: dict[str, list[Any]] = {}
 
     def recorder(place: list[Any], i: int) -> Callable[[Array], Array]:

@@ -1,4 +1,4 @@
-"""What a model would say after each of its layers."""
+"""The output of a model as if it ended after each of its layers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,14 +18,14 @@ def logit_lens(model: Callable[..., Any], *, stack: str | None = None) -> Callab
 
         logit_lens(model)(tokens)       # [num_layers + 1, seq, vocab]: after none, one, ..., all
 
-    All that follows the stack (the last norm, the head, a pooler) is applied to the residual stream
-    after each layer, and to what enters the first. (nostalgebraist, Interpreting GPT: the logit
-    lens, 2020.)
+    Everything after the stack (the last norm, the head, a pooler) is applied to the residual stream
+    before the first layer and after each layer. (nostalgebraist, Interpreting GPT: the logit lens,
+    2020.)
 
     Arguments:
 
     - `model`: a model, or a method of one.
-    - `stack`: the path of the stack that is meant, where a model has several: `"decoder"`.
+    - `stack`: the path of the stack, if a model has several: `"decoder"`.
 
     Returns:
 
@@ -41,8 +41,8 @@ def logit_lens(model: Callable[..., Any], *, stack: str | None = None) -> Callab
     if len(found) != 1:
         inside = "" if stack is None else f" at {stack!r}"
         raise ValueError(
-            f"logit_lens: {type(model).__name__} has {len(found)} stacks{inside}, but one must be "
-            "meant; name it with stack=."
+            f"logit_lens: {type(model).__name__} has {len(found)} stacks{inside}, but it takes 1; "
+            "name it with stack=."
         )
     return _LogitLens(model, stack)
 
@@ -64,7 +64,7 @@ class _LogitLens(eqx.Module):
 
 
 class _Constant(AbstractStandIn):
-    """Returns what the layers would, up to one of them."""
+    """Returns a given state in place of what the layers would compute."""
 
     inner: Any
     x: Float[Array, "seq d_model"]

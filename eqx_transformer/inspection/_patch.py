@@ -1,4 +1,4 @@
-"""Models that compute something else in the middle."""
+"""Models with interventions in their layers."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ Model = TypeVar("Model")
 def patched(
     model: Model, site: Site, edit: Callable[..., Any], *rows: Any, stack: str | None = None
 ) -> Model:
-    """The model, in which a value that its layers compute on the way is another.
+    """The model with an intermediate value of its layers changed.
 
         steered = patched(model, "output", lambda x, v: x + jnp.broadcast_to(v, x.shape), vectors)
 
@@ -31,25 +31,24 @@ def patched(
     - `model`: a model, a method of one (`model.encode`), a stack or a block.
     - `site`: which value; see `Site`.
     - `edit`: `edit(value, *rows_of_this_layer) -> value`, of the same shape and dtype.
-    - `rows`: what it is given besides: PyTrees of arrays with a leading axis, one entry for each
+    - `rows`: further arguments of `edit`: PyTrees of arrays with a leading axis, one entry for each
         layer that has such a value, in order; `jnp.arange(num_layers)` tells it the layer. Modules
         made by `eqx.filter_vmap` are such PyTrees. They are leaves of the new model, so `jax.vmap`,
-        `jax.grad` and `eqx.filter_jit` treat them like its parameters. What is the same for all
-        layers a function may close over.
-    - `stack`: the path of the stack that is meant, where a model has several: `"encoder"`,
-        `"decoder"`.
+        `jax.grad` and `eqx.filter_jit` treat them like its parameters. `edit` may close over what
+        is the same for all layers.
+    - `stack`: the path of the stack, if a model has several: `"encoder"`, `"decoder"`.
 
     Raises:
 
-    - `ValueError` if there is no such site in the model, or another number of rows than layers,
-        or `edit` is a PyTree with arrays, such as a Module.
+    - `ValueError` if there is no such site in the model, if there is not one row per layer, or if
+        `edit` is a PyTree with arrays, such as a Module.
     """
     check_site("patched", site)
     total = check_any("patched", model, site, stack)
     if any(map(eqx.is_array, jax.tree.leaves(edit))):
         raise ValueError(
-            f"patched: the function for {site!r} holds arrays, which a stack would take for those "
-            "of its layers; close over it, lambda x: function(x), or give it as rows, with a "
+            f"patched: the function for {site!r} holds arrays, which a stack would mistake for "
+            "those of its layers; close over it, lambda x: function(x), or pass it as rows, with a "
             "leading axis for the layers: patched(model, site, lambda x, f: f(x), functions)."
         )
     rows = jax.tree.map(lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, rows)
@@ -90,7 +89,7 @@ def replaced(
     *,
     stack: str | None = None,
 ) -> Model:
-    """The model, in which a value is what it was elsewhere: activation patching.
+    """The model with values replaced by those of another run: activation patching.
 
         _, other = capture(model, "heads")(another_prompt)
         where = jnp.zeros((num_layers, 1, num_heads), bool).at[1, 0, 2].set(True)
@@ -103,8 +102,8 @@ def replaced(
 
     - `model`, `site`, `stack`: see `patched`.
     - `values`: with a leading axis for the layers, such as `capture` returns.
-    - `where`: which of them to put in: axes are those of `values`, or of length 1. Axes at the end
-        may be left out, so `where[layer]` replaces all that the layer computes.
+    - `where`: which of them to replace: its axes are those of `values`, or of length 1. Trailing
+        axes may be left out, so `where[layer]` replaces the whole value of a layer.
 
     Raises:
 
@@ -113,8 +112,8 @@ def replaced(
     lengths = zip(where.shape, values.shape, strict=False)
     if where.ndim > values.ndim or any(a not in (1, b) for a, b in lengths):
         raise ValueError(
-            f"replaced: where has shape {where.shape} but values {values.shape}; its axes must be "
-            "those of values, or of length 1, from the layers on."
+            f"replaced: where has shape {where.shape} but values has {values.shape}; its leading "
+            "axes must be those of values, or of length 1."
         )
     where = where.reshape(where.shape + (1,) * (values.ndim - where.ndim))
     return patched(model, site, _chosen, values, where, stack=stack)
@@ -126,14 +125,14 @@ def ablated(
     *,
     stack: str | None = None,
 ) -> Model:
-    """The model, in which what each attention head gives is multiplied by a number.
+    """The model with the output of each attention head multiplied by a number.
 
         without = 1 - jnp.eye(num_layers * num_heads).reshape(-1, num_layers, num_heads)
         losses = jax.vmap(lambda keep: loss(ablated(model, keep)))(without)
 
-    With zeros the head is switched off. The gradient of a loss with respect to `keep`, at ones,
-    estimates how much each head matters, for all of them at once (Michel et al., Are Sixteen Heads
-    Really Better than One?, 2019, equation 2).
+    Zero switches a head off. The gradient of a loss with respect to `keep`, at ones, estimates how
+    much each head matters, for all of them at once (Michel et al., Are Sixteen Heads Really Better
+    than One?, 2019, equation 2).
 
     Arguments:
 
@@ -153,7 +152,7 @@ def _chosen(old: Array, new: Array, where: Array) -> Array:
     if new.shape != old.shape:
         raise ValueError(
             f"replaced: values have shape {new.shape} in a layer but must have {old.shape}; take "
-            "them from an input that is as long."
+            "them from an input of the same length."
         )
     return jnp.where(where, new.astype(old.dtype), old)
 

@@ -1,4 +1,4 @@
-"""The places in a layer that have a name, and what is put there to see or to change values."""
+"""The named places in a layer, and wrappers that record or change values there."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Final, Literal, NamedTuple, TypeVar, get_args
@@ -44,28 +44,28 @@ Site = Literal[
     "neurons",
     "router",
 ]
-"""A value that every layer computes on the way.
+"""An intermediate value of every layer.
 
-- `"input"`, `"output"`: what enters a block and what leaves it, the residual stream;
+- `"input"`, `"output"`: the input and the output of a block, the residual stream;
     `[seq, d_model]`.
-- `"attention"`: what self-attention gives, projected; `[seq, d_model]`.
-- `"queries"`, `"keys"`: as they are compared, normalised and turned; `[seq, heads, head_dim]`,
+- `"attention"`: the output of self-attention, projected; `[seq, d_model]`.
+- `"queries"`, `"keys"`: as they are compared, normalised and rotated; `[seq, heads, head_dim]`,
     `[seq, kv_heads, head_dim]`.
 - `"values"`: `[seq, kv_heads, v_dim]`.
 - `"weights"`: the weights of softmax attention, before dropout; `[heads, seq, seq]`.
-- `"heads"`: what each head gives, not yet projected; `[seq, heads, v_dim]`.
-- `"mlp"`: what the MLP, or the mixture of experts, gives; `[seq, d_model]`.
-- `"neurons"`: what enters the last map of the MLP, not within experts; `[seq, d_ff]`.
+- `"heads"`: the output of each head, not yet projected; `[seq, heads, v_dim]`.
+- `"mlp"`: the output of the MLP, or of the mixture of experts; `[seq, d_model]`.
+- `"neurons"`: the input of the last map of the MLP, not within experts; `[seq, d_ff]`.
 - `"router"`: the logits of the experts; `[seq, num_experts]`.
 
-With `cross_` in front, those of attention are of the attention to another sequence.
+With the prefix `cross_`, those of attention are of the attention to another sequence.
 """
 
 
 class Edit(eqx.Module):
-    """What happens to the value at a site.
+    """A function applied to the value at a site.
 
-    A function that returns the very value it was given only looks: nothing is computed differently.
+    One that returns the very object it was given only observes: nothing is computed differently.
     """
 
     site: str = eqx.field(static=True)
@@ -79,7 +79,7 @@ class Edit(eqx.Module):
         new = jnp.asarray(new)
         if new.shape != value.shape or new.dtype != value.dtype:
             raise ValueError(
-                f"patched: the function for {self.site!r} must return what it is given, "
+                f"patched: the function for {self.site!r} must keep shape and dtype, "
                 f"{value.dtype}{list(value.shape)}, but returned {new.dtype}{list(new.shape)}."
             )
         return new
@@ -99,7 +99,7 @@ class _AttentionFn(eqx.Module):
     edits: tuple[Edit, ...]
 
     needs_heads: ClassVar[bool] = True
-    """Whether a layer must make the queries, keys and values of heads, though it could do without;
+    """Whether a layer must compute the queries, keys and values of heads even where it need not;
     see `LatentAttention.extend`."""
 
     def __call__(self, q: Array, k: Array, v: Array, **options: Any) -> Array:
@@ -121,9 +121,9 @@ class _AttentionFn(eqx.Module):
 
 
 class _Projection(eqx.Module):
-    """A linear map, what enters which, or leaves it, is edited.
+    """A linear map whose input or output is edited.
 
-    It is none itself: adapters belong to the map, and edits do not go with them into its weights.
+    It is not an `AbstractLinear` itself: adapters go on the map inside, so edits are not merged.
     """
 
     base: AbstractLinear
@@ -147,7 +147,7 @@ class _Projection(eqx.Module):
 
 
 class _MLP(eqx.Module):
-    """An MLP or a mixture of experts, the result of which is edited."""
+    """An MLP or a mixture of experts whose output is edited."""
 
     base: Callable[..., Array]
     edits: tuple[Edit, ...]
@@ -165,14 +165,14 @@ class _MLP(eqx.Module):
 
 
 class _Block(AbstractBlock):
-    """A block, what enters which, or leaves it, is edited."""
+    """A block whose input or output is edited."""
 
     base: Any
     edits: tuple[Edit, ...]
 
     @property
     def attention(self) -> Any:
-        """For those who reach into the blocks of a stack, to share a bias."""
+        """For code that reaches into the blocks of a stack, to share a bias."""
         return self.base.attention
 
     def __call__(
@@ -220,9 +220,9 @@ class _Where(NamedTuple):
     """How a site is found."""
 
     within: tuple[type, ...]
-    """Modules that have it."""
+    """Classes of modules that have it."""
     outside: tuple[type, ...]
-    """Modules that are not searched for them."""
+    """Classes of modules that are not searched for those."""
     field: str | None
     """The field whose value is wrapped; `None` for the module itself."""
     wrapper: type[Any]
@@ -246,7 +246,7 @@ _WHERE: Final[dict[str, _Where]] = {
 
 
 def check_site(owner: str, site: str) -> None:
-    """Checks a name."""
+    """Checks the name of a site."""
     if site not in _WHERE:
         raise ValueError(f"{owner}: there is no {site!r}; there are {', '.join(_WHERE)}.")
 
@@ -263,8 +263,8 @@ def insert(tree: Tree, site: str, edits: Sequence[Edit]) -> Tree:
     for base, edit in zip(_found(tree, site), edits, strict=True):
         before: tuple[Edit, ...] = ()
         if isinstance(base, wrapper):
-            # One after another, and not one around another: edits of what enters would otherwise
-            # apply in the opposite order to edits of what leaves.
+            # In one wrapper, not nested: otherwise edits of inputs would apply in the opposite
+            # order to edits of outputs.
             base, before = base.base, base.edits
         new.append(wrapper(base, (*before, edit)))
     return eqx.tree_at(lambda tree: _found(tree, site), tree, new)

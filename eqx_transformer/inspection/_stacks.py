@@ -1,4 +1,4 @@
-"""The stacks of a model: what is between its first block and its last."""
+"""The stacks of a model, and replacing them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +10,16 @@ from ..stacks import AbstractBlock, BiasedStack, Stack
 
 
 class AbstractStandIn(eqx.Module):
-    """What takes the place of a stack, or a block, for one call.
+    """Replaces a stack, or a block, for one call.
 
-    Models that share a bias reach into the blocks of a stack before they call it.
+    It has `blocks`, because models that share a bias reach into these before they call a stack.
     """
 
     inner: eqx.AbstractVar[Any]
 
     @property
     def blocks(self) -> Any:
-        """Those of the stack."""
+        """The blocks of the stack."""
         return self.inner.blocks
 
     @property
@@ -29,7 +29,7 @@ class AbstractStandIn(eqx.Module):
 
 
 def is_stack(x: Any) -> bool:
-    """Whether this is a stack, or a block that is in none."""
+    """Whether this is a stack, or a block outside any stack."""
     return isinstance(x, Stack | AbstractBlock)
 
 
@@ -39,11 +39,11 @@ def map_stacks(
     stack: str | None,
     is_stack: Callable[[Any], bool] = is_stack,
 ) -> Any:
-    """The model with `function(x)` in the place of every stack whose path begins with `stack`."""
+    """The model with `function(x)` in place of every stack whose path begins with `stack`."""
 
     def visit(path: tuple[Any, ...], x: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        # A method is a PyTree too, which holds what it is a method of.
+        # A method is a PyTree too, which holds the model as `__self__`.
         name = name.removeprefix("__self__.")
         chosen = stack is None or f"{name}.".startswith(f"{stack}.")
         return function(x) if is_stack(x) and chosen else x
@@ -52,7 +52,7 @@ def map_stacks(
 
 
 def with_stand_ins(make: Callable[[Any], AbstractStandIn], model: Any, stack: str | None) -> Any:
-    """The model with `make(x)` in the place of every stack, or block, that it calls."""
+    """The model with `make(x)` in place of every stack, or block, that it calls."""
 
     def is_called(x: Any) -> bool:
         return isinstance(x, BiasedStack) or is_stack(x)
@@ -64,7 +64,7 @@ def with_stand_ins(make: Callable[[Any], AbstractStandIn], model: Any, stack: st
 
 
 def stacks_of(model: Any, stack: str | None) -> list[Any]:
-    """All of them, in order."""
+    """All stacks whose path begins with `stack`, in order."""
     found: list[Any] = []
 
     def visit(x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Arrays put together from parts, where they are to be."""
+"""Arrays assembled from parts, on the devices they are for."""
 
 import mmap
 from collections.abc import Sequence
@@ -8,22 +8,22 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-# Rows that are transposed together: as many as a cache line has elements, or more.
+# Rows that are transposed together: at least as many as a cache line has elements.
 _ROWS = 64
 
 
 class Assembly:
-    """An array that is written part by part, on the host, and handed over whole.
+    """An array that is written part by part, on the host, and then passed to JAX.
 
-    Only what the devices of this process hold is ever allocated. On a CPU the array that is handed
-    over is the memory that was written to, so nothing is there twice.
+    Only what the devices of this process hold is ever allocated. On a CPU the resulting array is
+    the very memory that was written to, so nothing is held twice.
     """
 
     def __init__(self, shape: Sequence[int], dtype: np.dtype, sharding: Sharding | None):
         """Arguments:
 
         - `shape`, `dtype`: of the array.
-        - `sharding`: where its parts go; to the default device if `None`.
+        - `sharding`: where its parts go; the default device if `None`.
         """
         self._shape = tuple(shape)
         self._sharding = sharding
@@ -38,7 +38,7 @@ class Assembly:
                 self._buffers[bounds] = _aligned([stop - start for start, stop in bounds], dtype)
 
     def write(self, index: tuple[int, ...], part: np.ndarray) -> None:
-        """Writes what the array has at an index of its leading axes."""
+        """Writes the part of the array at an index of its leading axes."""
         for bounds, buffer in self._buffers.items():
             leading, rest = bounds[: len(index)], bounds[len(index) :]
             if all(start <= i < stop for i, (start, stop) in zip(index, leading, strict=True)):
@@ -59,11 +59,11 @@ class Assembly:
 
 
 def copy(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source`, also fast where `source` is transposed.
+    """`target[...] = source`, fast even where `source` is transposed.
 
-    NumPy goes through a transposed matrix with a stride that is often a power of two, at which a
-    cache keeps a few rows only; rows copied beside each other with another stride stay there. This
-    is 5 to 15 times faster.
+    NumPy traverses a transposed matrix with a stride that is often a power of two, at which a cache
+    holds only a few rows; rows first copied to a buffer with another stride stay in it. This is 5
+    to 15 times faster.
     """
     if source.ndim < 2 or source.strides[-2] >= source.strides[-1]:
         target[...] = source
@@ -83,16 +83,16 @@ def _bounds(place: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int
 
 
 def host_memory(size: int) -> np.ndarray:
-    """So many bytes, zero, none of which is there before it is touched.
+    """`size` zero bytes, which the system allocates only when they are touched.
 
-    NumPy asks for huge pages, which a machine that has been up for a while may have to make room
-    for: that has taken longer than all the rest.
+    NumPy asks for huge pages, for which a machine that has been up for a while may have to make
+    room: that has taken longer than everything else.
     """
     return np.frombuffer(mmap.mmap(-1, max(size, 1), access=mmap.ACCESS_COPY), np.uint8, size)
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Empty memory that begins where JAX takes it over without copying it."""
+    """Empty memory, aligned so that JAX uses it without a copy."""
     shape = tuple(shape)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     memory = host_memory(size + 64)

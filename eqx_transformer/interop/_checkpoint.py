@@ -34,17 +34,17 @@ def save(model: Any, directory: str | Path) -> None:
     """Saves a model to a directory: `config.json`, and the weights in a safetensors file.
 
     A crash at any moment leaves either the previous checkpoint or the new one, whole. The weights
-    go to a file with a new name; `config.json`, which says which file that is, is replaced in one
-    step when they are on the disk; files it no longer names are removed after that.
+    go to a file with a new name; `config.json`, which names that file, is replaced atomically once
+    they are on the disk; files it no longer names are removed after that.
 
     Arguments:
 
     - `model`: one of this library's models.
-    - `directory`: made if it does not exist.
+    - `directory`: created if it does not exist.
 
     Raises:
 
-    - `ValueError` if the model is none of this library's, or no longer what its config builds
+    - `ValueError` if the model is not one of this library's, or no longer what its config builds
         (after surgery): it could not be loaded again. `save_pytree` saves any PyTree.
     """
     name = type(model).__name__
@@ -101,7 +101,7 @@ def load(directory: str | Path) -> Any:
     try:
         description = json.loads(path.read_text())
         if "model_type" in description and "format" not in description:
-            raise ValueError("it is that of published weights, which load_pretrained reads")
+            raise ValueError("it belongs to published weights, which load_pretrained reads")
         if description["format"] != _FORMAT:
             raise ValueError(f"it says format={description['format']!r}, not {_FORMAT!r}")
         version, name = description["format_version"], description["model"]
@@ -115,9 +115,9 @@ def load(directory: str | Path) -> Any:
         )
     if name not in _MODELS:
         raise ValueError(f"load: {path} has the model {name!r}, not one of {sorted(_MODELS)}.")
-    # A plain name of this form cannot lead out of the directory.
+    # A plain file name of this form cannot point outside the directory.
     if not isinstance(weights, str) or not _WEIGHTS.fullmatch(weights):
-        raise ValueError(f"load: {path} names the weights {weights!r}, which is no file of ours.")
+        raise ValueError(f"load: {path} names the weights {weights!r}, which save does not write.")
     if not (directory / weights).is_file():
         raise FileNotFoundError(f"load: {path} names the weights {weights}, which do not exist.")
     config = _MODELS[name][1].from_dict(fields)

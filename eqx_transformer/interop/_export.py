@@ -19,7 +19,7 @@ from ._pytree import named_arrays, replace, skeleton
 from ._safetensors import write_safetensors
 from .families import FAMILIES
 
-# What transformers makes the pieces of a large model.
+# The size of the files into which transformers divides a large model.
 _MAX_BYTES: Final = 5_000_000_000
 _MAX_TENSORS: Final = 1_000_000
 # More than all fields there are.
@@ -30,17 +30,16 @@ _WEIGHTS: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 def save_pretrained(model: Any, directory: str | Path, *, model_type: str | None = None) -> None:
     """Saves a model so that transformers can load it, and `load_pretrained` too.
 
-    The weights keep their dtype and their bits; `config.json` says what the model computes in the
-    words of a family of transformers that computes it. What belongs to training, such as
-    dropout, is not written, and there is no tokenizer. Tensors are written one at a time, into
-    several files if they are more than 5 GB. To go on training, use `save`, which a crash does no
-    harm to.
+    The weights are written bit by bit, in their dtype; `config.json` describes the model in the
+    terms of a family of transformers that computes the same. Training options, such as dropout, are
+    not written, and there is no tokenizer. Tensors are written one at a time, into several files if
+    they exceed 5 GB. To continue training, use `save`, which is safe against crashes.
 
     Arguments:
 
     - `model`: one of this library's models.
-    - `directory`: made if it does not exist. Weights that are there, under the names that
-        transformers gives them, are replaced.
+    - `directory`: created if it does not exist. Existing weights, under the names that transformers
+        uses, are replaced.
     - `model_type`: the family, such as `"phi3"`; if not given, the first one that fits.
 
     Raises:
@@ -80,7 +79,7 @@ def _tensors(family: Family, config: Any) -> list[Tensor]:
 
 
 def _trained(config: Any) -> Any:
-    """The configuration without arrays that only training needs: how often paths are dropped."""
+    """The configuration without arrays that only training needs: the rates of drop path."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -92,7 +91,7 @@ def _trained(config: Any) -> Any:
 
 
 def _family_of(model: Any, model_type: str | None) -> Family:
-    """The first family whose words for the configuration mean the same model."""
+    """The first family whose description of the configuration means the same model."""
     if model_type is not None and model_type not in FAMILIES:
         raise ValueError(
             f"save_pretrained: model_type={model_type!r} must be one of {sorted(FAMILIES)}."
@@ -116,7 +115,7 @@ def _family_of(model: Any, model_type: str | None) -> Family:
         missing.append((len(differences), f"{family.model_type}, but for {', '.join(differences)}"))
     name = type(model).__name__
     if not missing:
-        raise ValueError(f"save_pretrained: {name} is not in the families asked for; use save.")
+        raise ValueError(f"save_pretrained: the requested families have no {name}; use save.")
     raise ValueError(
         f"save_pretrained: transformers has no family for this {name}; the nearest is "
         f"{min(missing)[1]}. Use save."
@@ -142,7 +141,7 @@ def _write_weights(wanted: list[Tensor], leaves: dict[str, Any], directory: Path
             temporary,
             {tensor: shapes[tensor] for tensor in members},
             lambda tensor: _data(by_name[tensor], shapes[tensor][0], leaves),
-            # transformers refuses a file that does not say so.
+            # transformers rejects a file without this.
             {"format": "pt"},
         )
         replace(temporary, directory / name)
@@ -178,7 +177,7 @@ def _data(tensor: Tensor, dtype: np.dtype, leaves: dict[str, Any]) -> np.ndarray
 
 def _dtype_of(tensor: Tensor, leaves: dict[str, Any]) -> np.dtype:
     dtypes = [np.dtype(leaves[part.path].dtype) for part in tensor.parts]
-    # Integers are the bits of numbers; see `MixtureOfExperts.with_selection_bias`.
+    # Integers hold the bits of float32 numbers; see `MixtureOfExperts.with_selection_bias`.
     floats = [d if jnp.issubdtype(d, jnp.floating) else np.dtype(np.float32) for d in dtypes]
     return np.dtype(jnp.result_type(*floats))
 

@@ -9,13 +9,13 @@ Table = Mapping[str, str | Into]
 
 
 def as_it_is(config: Any, names: Collection[str]) -> Any:
-    """The configuration, whatever tensors there are."""
+    """The configuration unchanged, whatever tensors there are."""
     return config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """How one kind of published model is called there, and what it is here.
+    """How one kind of published model is described there, and what it is here.
 
     Arguments:
 
@@ -24,16 +24,16 @@ class Family:
     - `model`: the class of this library, or a `functools.partial` of it.
     - `read`: its configuration from theirs.
     - `write`: theirs from its configuration, as transformers 4 writes it, which 5 reads as well.
-        It need not look at every field: what it says is read again and compared.
+        It need not check every field: the result is read again and compared.
     - `differences`: the fields by which the models of two configurations compute different things.
     - `names`: the names of the weights; see `tensors`.
-    - `renamed`: regular expressions for names that are not as in `names`, and what to put there.
+    - `renamed`: regular expressions for names that differ from `names`, and their replacements.
     - `ignored`: regular expressions for names of tensors that hold no weights.
-    - `tied`: names that may be there besides, and that of the tensor they must be equal to.
-    - `adapt`: the configuration, given the names of the tensors that there are, where fields leave
-        open whether a part is there.
-    - `heads`: the same for other classes of transformers, such as with other heads, of the same
-        `model_type`. `config.json` says which one it is.
+    - `tied`: names of further tensors that may exist, and of those that they must be equal to.
+    - `adapt`: adjusts the configuration to the names of the tensors in the files, if fields leave
+        open whether a part exists.
+    - `heads`: the same for other classes of transformers with the same `model_type`, such as those
+        with other heads. `config.json` says which one it is.
     """
 
     model_type: str
@@ -51,5 +51,5 @@ class Family:
 
     @property
     def kind(self) -> Any:
-        """The class of the model, whatever options it is built with."""
+        """The class of the model, without the options it is built with."""
         return getattr(self.model, "func", self.model)

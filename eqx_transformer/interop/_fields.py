@@ -6,8 +6,8 @@ from typing import Any, Final
 _REQUIRED: Final = object()
 _MAX_COUNT: Final = 10_000
 
-# Fields that every configuration may have and that change nothing here: where it came from, what
-# training did, how text is generated, which tokens mean what.
+# Fields that every configuration may have and that change nothing here: its origin, training,
+# generation of text, the meaning of tokens.
 _HARMLESS: Final = frozenset(
     """
     _name_or_path _commit_hash _attn_implementation attn_implementation architectures auto_map
@@ -27,7 +27,7 @@ _HARMLESS: Final = frozenset(
 
 
 class Fields:
-    """Fields of a configuration, struck off as they are read.
+    """Fields of a configuration, crossed off as they are read.
 
     Arguments:
 
@@ -52,7 +52,7 @@ class Fields:
         return value
 
     def count(self, name: str, default: Any = _REQUIRED) -> int:
-        """How many layers or experts there are, each of which is gone through.
+        """A number of layers or experts, bounded because there will be a loop over them.
 
         Raises:
 
@@ -68,20 +68,20 @@ class Fields:
         return name in self._left
 
     def default(self, name: str, value: Any) -> None:
-        """What a field that is not there would say."""
+        """Sets the value of a field if it is missing."""
         self._left.setdefault(name, value)
 
     def rename(self, old: str, name: str) -> None:
-        """Lets a field be read by another name, if it is not there under that."""
+        """Lets the field `old` be read as `name`, if there is no field of that name."""
         if old in self._left:
             self._left.setdefault(name, self._left.pop(old))
 
     def nested(self, name: str) -> "Fields | None":
-        """The fields in a field; `None` if it is not there or null.
+        """The fields of a nested object; `None` if it is missing or null.
 
         Raises:
 
-        - `ValueError` if it is no object.
+        - `ValueError` if it is not an object.
         """
         value = self.take(name, None)
         if value is None:
@@ -91,11 +91,11 @@ class Fields:
         return Fields(value, f"{self._name}: {name}")
 
     def choose(self, name: str, options: Mapping[Any, Any], default: Any = _REQUIRED) -> Any:
-        """What the value of a field stands for.
+        """The option that the value of a field stands for.
 
         Raises:
 
-        - `ValueError` if it is none of the options.
+        - `ValueError` if it is not one of the options.
         """
         value = self.take(name, default)
         if isinstance(value, list | dict) or value not in options:
@@ -105,16 +105,16 @@ class Fields:
         return options[value]
 
     def ignore(self, *names: str) -> None:
-        """Strikes off fields that change nothing."""
+        """Crosses off fields that change nothing."""
         for name in names:
             self._left.pop(name, None)
 
     def finish(self) -> None:
-        """Refuses what is left.
+        """Raises an error for fields that are left.
 
         Raises:
 
-        - `ValueError` naming each field that nobody read, unless it says nothing (null, false,
+        - `ValueError` naming each field that was not read, unless it has no content (null, false,
             empty) or is one of those that change nothing in any model.
         """
         left = {
@@ -126,5 +126,5 @@ class Fields:
             said = ", ".join(f"{name}={value!r:.80}" for name, value in sorted(left.items()))
             raise ValueError(
                 f"{self._name} has fields whose effect on the model is not known here: {said}. "
-                "Set them to null in a copy of it if they have none."
+                "If they have none, set them to null in a copy of the file."
             )

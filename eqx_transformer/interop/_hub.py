@@ -13,7 +13,7 @@ WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 TOKENIZER: Final = "tokenizer.json"
 _MAX_JSON: Final = 50_000_000
-# No separators, nothing hidden, nothing that could be an option or a drive.
+# No path separators, nothing hidden, nothing that could be an option or a drive.
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 _REPO: Final = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
@@ -40,8 +40,8 @@ def load_tokenizer(path_or_repo_id: str | Path) -> Any:
 def local_folder(path_or_repo_id: str | Path, *names: str) -> Path:
     """The folder that has these files, downloaded if it is not on this machine.
 
-    An existing folder comes first. From the hub only these files are taken, and the weights that
-    the index among them names.
+    An existing folder takes precedence. From the hub only these files are downloaded, and the
+    weights that the index among them names.
     """
     path = Path(path_or_repo_id)
     if path.is_dir():
@@ -51,14 +51,14 @@ def local_folder(path_or_repo_id: str | Path, *names: str) -> Path:
         raise FileNotFoundError(f"there is no folder {path_or_repo_id}.")
     if importlib.util.find_spec("huggingface_hub") is None:
         raise ImportError(
-            f"{path_or_repo_id!r} is no folder here, and to download it needs huggingface_hub: "
+            f"{path_or_repo_id!r} is not a local folder, and downloading it needs huggingface_hub: "
             'pip install "eqx_transformer[hub]".'
         )
     snapshot_download = importlib.import_module("huggingface_hub").snapshot_download
     repo, revision = match["id"], match["revision"]
     folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(names)))
     if INDEX in names and (folder / INDEX).exists():
-        # The same revision, whatever has happened to the branch since.
+        # The same revision, even if the branch has moved since.
         shards = sorted(set(read_index(folder).values()))
         commit = folder.name
         folder = Path(snapshot_download(repo, revision=commit, allow_patterns=shards))
@@ -68,13 +68,13 @@ def local_folder(path_or_repo_id: str | Path, *names: str) -> Path:
 def checked_file(folder: Path, name: str) -> Path:
     """A file of the folder, by its plain name.
 
-    A link must lead to a file of the same folder, or, as in the cache of the hub, from
+    A symbolic link must point to a file in the same folder, or, as in the cache of the hub, from
     `snapshots/<commit>` to the `blobs` of the same model.
 
     Raises:
 
-    - `FileNotFoundError` if there is none.
-    - `ValueError` if it leads elsewhere.
+    - `FileNotFoundError` if there is no such file.
+    - `ValueError` if it is a link to somewhere else.
     """
     path = folder / name
     if not path.exists():
@@ -93,7 +93,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
     Raises:
 
-    - `ValueError` if it is none, or larger than any config or index.
+    - `ValueError` if it is not one, or larger than any config or index.
     """
     path = checked_file(folder, name)
     if not path.is_file() or path.stat().st_size > _MAX_JSON:
@@ -109,7 +109,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
     Raises:
 
-    - `ValueError` if it is no such index, or names files by more than plain names.
+    - `ValueError` if it is not such an index, or names files by more than plain names.
     """
     names = read_json(folder, INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:

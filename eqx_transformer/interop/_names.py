@@ -15,17 +15,17 @@ from ._pytree import is_array, named_arrays
 
 
 class Into:
-    """A row of a table that says more than one path; see `tensors`.
+    """A row of a table with more than a single path; see `tensors`.
 
     Arguments:
 
-    - `paths`: what the tensor holds, one behind the other along the output features.
-    - `groups`: how often they take turns: once in `q|k|v`, as many times as there are heads in
+    - `paths`: the arrays in the tensor, concatenated along the output features.
+    - `groups`: how often they alternate: once in `q|k|v`, as many times as there are heads in
         `q|k|v|q|k|v|...`.
     - `transpose`: whether the weight of a `Linear` is `[out_features, in_features]` in the file, as
-        PyTorch has it.
-    - `shape`: that of the weight in the file, if it is written with other axes there.
-    - `joint`: what stands between the name and that of an array of a layer.
+        in PyTorch.
+    - `shape`: that of the weight in the file, if it has other axes there.
+    - `joint`: the separator between the name of a layer and that of its array.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Into:
 
 
 class Part(NamedTuple):
-    """An array of the model, or what it has at an index of its leading axes."""
+    """An array of the model, or its part at an index of its leading axes."""
 
     path: str
     index: tuple[int, ...]
@@ -61,7 +61,7 @@ class Tensor:
     groups: int
     transposed: bool
     written: tuple[int, ...] | None
-    """Its shape in the file, where it has other axes there."""
+    """Its shape in the file, if it has other axes there."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,9 +77,9 @@ class Tensor:
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
     def views(self, data: np.ndarray) -> list[np.ndarray]:
-        """Where each part is in the data of the tensor, to be read or written.
+        """Views of each part in the data of the tensor, for reading or writing.
 
-        A view has the elements of its part in order, and an axis more where there are groups.
+        A view has the elements of its part in order, and one more axis if there are groups.
         """
         data = data.reshape(self._axes)
         if self.transposed:
@@ -97,16 +97,16 @@ def tensors(table: Mapping[str, str | Into], model: Any, *, most: int) -> list[T
     """All tensors of a model's file.
 
     A row of the table names a layer, or an array, in the file and in the model; a layer stands for
-    its arrays, which are called the same in both. `{layer}` stands for every index of the `Stack`
-    before it, and `{expert}` for every index of a leading axis. A row counts only where its path
+    its arrays, which have the same names in both. `{layer}` stands for every index of the `Stack`
+    before it, and `{expert}` for every index of a leading axis. A row is used only if its path
     exists, so one table serves models with and without biases, heads and norms; but every array of
     the model must be in some row.
 
     Arguments:
 
-    - `table`: name in the file, to path in the model.
+    - `table`: from name in the file to path in the model.
     - `model`: with shapes in place of arrays.
-    - `most`: how many there may be, at the most.
+    - `most`: how many tensors there may be at most.
 
     Raises:
 
@@ -133,14 +133,14 @@ class _Place(NamedTuple):
     node: Any
     path: tuple[str, ...] = ()
     index: tuple[int, ...] = ()
-    """Into the leading axes of the node's arrays."""
+    """The index into the leading axes of the node's arrays."""
     numbers: tuple[tuple[str, int], ...] = ()
     """Which layer, which expert."""
 
 
 def _expand(name: str, row: Into, model: Any) -> Iterator[Tensor]:
     places = [_resolve(_Place(model), path.split(".")) for path in row.paths]
-    # The parts of a tensor are in the same layers.
+    # The parts of a tensor come from the same layers.
     for together in zip(*places, strict=True):
         first = together[0]
         for field in _fields(first.node):
@@ -176,7 +176,7 @@ def _resolve(place: _Place, steps: list[str]) -> Iterator[_Place]:
 
 
 def _layers(place: _Place) -> Iterator[_Place]:
-    """The blocks of a stack, wherever it has them."""
+    """The blocks of a stack, with their places."""
     for layer in range(_num_layers(place.node)):
         address = layer_address(place.node, layer)
         steps = re.findall(r"\w+", address.path)
@@ -198,7 +198,7 @@ def _num_layers(stack: Stack | StackSequence) -> int:
 
 
 def _fields(node: Any) -> list[str]:
-    """The arrays a layer has itself; an array is its own, without a name."""
+    """The names of a layer's own arrays; the empty name for an array itself."""
     if is_array(node):
         return [""]
     names = [field.name for field in dataclasses.fields(node)]

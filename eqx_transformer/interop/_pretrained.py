@@ -23,9 +23,9 @@ from ._safetensors import SafetensorsFile, TensorInfo
 from .families import FAMILIES
 
 Place = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
-"""A sharding for all arrays, or a function that says which one, by path and shape."""
+"""A sharding for all arrays, or a function from path and shape to one."""
 
-# Floating numbers as they are; eight bits need factors, which no family has.
+# Plain floating dtypes; those of eight bits need scales, which no family has.
 _FLOATS: Final = ("float64", "float32", "bfloat16", "float16")
 # More tensors than any published model has.
 _MAX_TENSORS: Final = 1_000_000
@@ -40,19 +40,19 @@ def load_pretrained(
 ) -> Any:
     """A model with published weights, from a folder or from the Hugging Face hub.
 
-    The folder has a `config.json`, which says what the model is, and weights in safetensors files.
+    The folder has a `config.json`, which describes the model, and weights in safetensors files.
     Nothing else is read, and no code is loaded or run. Names, shapes and kinds of all tensors are
-    compared with the model before any data is read. Then they are read one at a time, and go where
-    they belong; on a CPU that takes the memory of the model and of one tensor.
+    compared with the model before any data is read. Then they are read one at a time, to where they
+    belong; on a CPU that takes the memory of the model and of one tensor.
 
     Arguments:
 
     - `path_or_repo_id`: a folder; if there is no such folder, a repository `"name"` or
-        `"owner/name"` on the hub, with `"@revision"` behind it for a branch, tag or commit.
+        `"owner/name"` on the hub, followed by `"@revision"` for a branch, tag or commit.
     - `dtype`: of the parameters; that of the file if not given.
     - `sharding`: where arrays go: a sharding for all, or a function of an array's path, such as
         `"stack.blocks.attention.q_proj.weight"`, and shape that returns one. Only what the devices
-        of this process hold is kept. To the default device if not given.
+        of this process hold is kept. The default device if not given.
 
     Returns:
 
@@ -71,7 +71,7 @@ def load_pretrained(
         family, config = _read_config(folder)
         found = _open(folder, stack)
         config = family.adapt(config, {_our_name(family, raw) for raw in found})
-        # Before the model is built: a model of bfloat16 has another configuration.
+        # Needed before the model is built: a model in bfloat16 has another configuration.
         parameters = _common_dtype(found.values()) if dtype is None else jnp.dtype(dtype)
         if hasattr(config, "param_dtype"):
             config = config.replace(param_dtype=parameters.name)
@@ -122,11 +122,11 @@ def _read_config(folder: Path) -> tuple[Family, Any]:
 
 @contextlib.contextmanager
 def _blamed(path: Path) -> Iterator[None]:
-    """Errors on what a file says, as errors that name the file."""
+    """Turns errors about the content of a file into errors that name the file."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be made a model: {error}") from error
+        raise ValueError(f"{path} cannot be turned into a model: {error}") from error
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
@@ -156,7 +156,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
 
 
 def _common_dtype(found: Iterable[_Stored]) -> np.dtype:
-    """That of most numbers."""
+    """The dtype of most numbers."""
     counts: Counter[np.dtype] = Counter()
     for stored in found:
         if stored.info.dtype.name in _FLOATS:
@@ -167,7 +167,7 @@ def _common_dtype(found: Iterable[_Stored]) -> np.dtype:
 
 
 def _our_name(family: Family, name: str) -> str:
-    """The name that a family has for a tensor."""
+    """The name of a tensor in the table of a family."""
     for pattern, replacement in family.renamed:
         name = re.sub(pattern, replacement, name)
     return name
@@ -176,7 +176,7 @@ def _our_name(family: Family, name: str) -> str:
 def _by_our_names(
     family: Family, config: Any, wanted: Iterable[Tensor], found: Mapping[str, _Stored]
 ) -> tuple[dict[str, _Stored], dict[str, _Stored]]:
-    """The tensors by the names of the family; apart, copies of other tensors of the model."""
+    """The tensors by the names of the family; separately, copies of tied tensors."""
     names = {tensor.name for tensor in wanted}
     depth = str(getattr(config, "num_layers", ""))
     ignored = [pattern.replace("{num_layers}", depth) for pattern in family.ignored]
@@ -189,7 +189,7 @@ def _by_our_names(
         is_copy = name not in names and family.tied.get(name) in names
         target = copies if is_copy else tensors
         if name in target:
-            raise ValueError(f"{raw} and {target[name].name} are two names of {name}.")
+            raise ValueError(f"{raw} and {target[name].name} are both names of {name}.")
         target[name] = stored
     return tensors, copies
 
@@ -200,7 +200,7 @@ def _check(
     found: Mapping[str, _Stored],
     copies: Mapping[str, _Stored],
 ) -> None:
-    """Refuses tensors that are not those of the model, all of them at once."""
+    """Raises one error that lists all tensors that are not those of the model."""
     shapes = {tensor.name: tensor.shape for tensor in wanted}
     problems = [f"missing: {name} {list(shapes[name])}" for name in shapes.keys() - found.keys()]
     for name, stored in [*found.items(), *copies.items()]:
@@ -213,7 +213,7 @@ def _check(
                 "model"
             )
         elif info.dtype.name not in _FLOATS:
-            problems.append(f"different: {stored.name} is {info}, which is none of {_FLOATS}")
+            problems.append(f"different: {stored.name} is {info}, which is not one of {_FLOATS}")
     if problems:
         shown = sorted(problems)[:_MAX_REPORT]
         more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
@@ -243,14 +243,14 @@ def _read(
         originals.setdefault(family.tied[copied], []).append(copied)
     unfinished: dict[str, Assembly] = {}
     arrays: dict[str, jax.Array] = {}
-    # The same for all of them: new memory costs more than reading.
+    # One buffer for all of them: allocating memory costs more than reading.
     memory = host_memory(max((found[t.name].info.nbytes for t in wanted), default=0))
     for tensor in wanted:
         data = found[tensor.name].read(memory)
         for copied in originals.get(tensor.name, ()):
             if not _equal(data, copies[copied].read()):
                 raise ValueError(
-                    f"{copied} must be equal to {tensor.name}, which it is tied to, but is not."
+                    f"{copied} must be equal to {tensor.name}, to which it is tied, but is not."
                 )
         for view, part in zip(tensor.views(data), tensor.parts, strict=True):
             if part.path not in unfinished:
@@ -266,7 +266,7 @@ def _read(
 
 
 def _dtype_of(leaf: np.dtype, floating: DTypeLike) -> np.dtype:
-    """That of an array: integers are not for the user to choose."""
+    """The dtype of an array: that of integers is not for the user to choose."""
     if not jnp.issubdtype(leaf, jnp.floating):
         return leaf
     return np.dtype(jax.dtypes.canonicalize_dtype(floating))
@@ -276,12 +276,12 @@ def _as_part(view: np.ndarray, part: Part) -> np.ndarray:
     part_of_file = view.reshape(part.shape)
     if jnp.issubdtype(part.dtype, jnp.floating):
         return part_of_file
-    # The bits of numbers that no optimiser may touch; see `MixtureOfExperts.with_selection_bias`.
+    # Bits of numbers that no optimiser may change; see `MixtureOfExperts.with_selection_bias`.
     return part_of_file.astype(np.float32).view(part.dtype)
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    """To the bit, so that NaN equals itself."""
+    """Bitwise, so that NaN equals itself."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     return bool((a.reshape(-1).view(np.uint8) == b.reshape(-1).view(np.uint8)).all())

@@ -18,9 +18,9 @@ Tree = TypeVar("Tree")
 def save_pytree(tree: Any, path: str | Path) -> None:
     """Writes the arrays of a PyTree to a safetensors file, keyed by their paths.
 
-    The file appears whole or not at all: it is written beside `path`, flushed to the disk, and
-    renamed. What is not an array (functions, Python numbers) is not written; `load_pytree` takes
-    it from a PyTree of the same structure.
+    The file is replaced atomically: it is written beside `path`, flushed to the disk, and renamed.
+    What is not an array (functions, Python numbers) is not written; `load_pytree` takes it from a
+    PyTree of the same structure.
 
     Arguments:
 
@@ -53,14 +53,14 @@ def save_pytree(tree: Any, path: str | Path) -> None:
 def load_pytree(path: str | Path, like: Tree) -> Tree:
     """Reads what `save_pytree` wrote into a PyTree of the same structure.
 
-    Names and shapes are compared before any data is read, and so is whether each array is
-    floating, integer or boolean. The width is that of the file: what was saved in bfloat16 comes
-    back in bfloat16.
+    Before any data is read, names and shapes are compared, and whether each array is floating,
+    integer or boolean. The width is that of the file: arrays saved in bfloat16 are loaded in
+    bfloat16.
 
     Arguments:
 
     - `path`: of the file.
-    - `like`: a PyTree with arrays, or `jax.ShapeDtypeStruct`s, where arrays go.
+    - `like`: a PyTree with arrays, or `jax.ShapeDtypeStruct`s, in place of those to load.
 
     Returns:
 
@@ -68,8 +68,8 @@ def load_pytree(path: str | Path, like: Tree) -> Tree:
 
     Raises:
 
-    - `ValueError` if the file is damaged, or with the list of all that is missing, unexpected or
-        of another shape.
+    - `ValueError` if the file is damaged, or with a list of all arrays that are missing, unexpected
+        or of another shape.
     """
     path = Path(path)
     expected = named_arrays(like)
@@ -99,7 +99,7 @@ def with_arrays(tree: Tree, arrays: list[Any]) -> Tree:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Renames a file over another so that a crash leaves one of the two, whole, on the disk."""
+    """Renames a file over another so that a crash leaves one of the two intact on the disk."""
     with source.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(source, target)
@@ -138,5 +138,5 @@ def _kind(dtype: Any) -> str:
 
 
 def is_array(x: Any) -> bool:
-    """Whether a leaf is an array, or says what array is to be there."""
+    """Whether a leaf is an array, or the shape and dtype of one."""
     return eqx.is_array(x) or isinstance(x, np.ndarray | jax.ShapeDtypeStruct)

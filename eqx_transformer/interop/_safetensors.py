@@ -1,4 +1,4 @@
-"""Safetensors files, read and written tensor by tensor, and nothing believed that they say."""
+"""Safetensors files, read and written tensor by tensor; nothing in them is trusted."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import ml_dtypes
 import numpy as np
 
-# A header is a few hundred bytes a tensor; the format itself stops here too.
+# A header has a few hundred bytes per tensor; this is also the format's own limit.
 _MAX_HEADER: Final = 100_000_000
 _MAX_AXES: Final = 32
 DTYPES: Final = {
@@ -27,7 +27,7 @@ DTYPES: Final = {
     "U16": "uint16",
     "U8": "uint8",
     "BOOL": "bool",
-    # Known by size, so that a file which has them can be described; no array is made of them.
+    # Known by size, so that files with them can be described; they are not read as arrays.
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
     "F8_E8M0": "float8_e8m0fnu",
@@ -40,7 +40,7 @@ class TensorInfo(NamedTuple):
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
-    """Where its data begin in the file."""
+    """The offset of its data in the file."""
 
     @property
     def nbytes(self) -> int:
@@ -54,9 +54,9 @@ class TensorInfo(NamedTuple):
 class SafetensorsFile:
     """An open file whose header has been checked against its size.
 
-    The tensors must lie one behind the other and fill the file: so nothing overlaps, nothing is
-    cut off, and nothing is hidden between them. What is checked is the file that is then read,
-    also if another takes its name meanwhile.
+    The tensors must be contiguous and fill the file, so that nothing overlaps, is truncated, or is
+    hidden between them. The file that was checked is the one that is read, even if another takes
+    its name meanwhile.
     """
 
     def __init__(self, path: Path):
@@ -66,10 +66,10 @@ class SafetensorsFile:
 
         Raises:
 
-        - `ValueError` if it is no regular file, not whole, or not a safetensors file.
+        - `ValueError` if it is not a regular file, not complete, or not a safetensors file.
         """
         self.path = path
-        # Without O_NONBLOCK, opening a named pipe would wait for ever.
+        # Without O_NONBLOCK, opening a named pipe would block forever.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         self._file = os.fdopen(descriptor, "rb", buffering=0)
         try:
@@ -93,7 +93,7 @@ class SafetensorsFile:
         Arguments:
 
         - `name`: of the tensor.
-        - `memory`: bytes to read it into, enough of them; new ones if not given.
+        - `memory`: a buffer of at least its size to read it into; a new one if not given.
         """
         info = self.tensors[name]
         if memory is None:
@@ -103,13 +103,13 @@ class SafetensorsFile:
         return data.view(info.dtype).reshape(info.shape)
 
     def _fill(self, data: np.ndarray, start: int) -> None:
-        # Read, and not mapped: pages of a mapped file count as this process's memory.
+        # Read, not mapped: pages of a mapped file count as this process's memory.
         self._file.seek(start)
         view = data.data
         while len(view):
             count = self._file.readinto(view)
             if not count:
-                raise ValueError(f"{self.path} became shorter while it was read.")
+                raise ValueError(f"{self.path} became shorter while it was being read.")
             view = view[count:]
 
     def _read_header(self, size: int) -> dict[str, TensorInfo]:
@@ -154,7 +154,7 @@ def write_safetensors(
     get: Callable[[str], Any],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a file tensor by tensor, so that only one of them is in memory.
+    """Writes a file tensor by tensor, so that only one of them is in memory at a time.
 
     Arguments:
 
@@ -165,7 +165,7 @@ def write_safetensors(
     """
     names = {np.dtype(dtype): name for name, dtype in _numpy_dtypes().items()}
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
-    # Wide ones first, so that everything is aligned.
+    # Wide dtypes first, so that everything is aligned.
     order = sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name))
     end = 0
     for name in order:
@@ -183,11 +183,11 @@ def write_safetensors(
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
-    """A JSON object in which no name stands twice.
+    """A JSON object without duplicate names.
 
     Raises:
 
-    - `ValueError` if it is none, or nested too deeply.
+    - `ValueError` if it is not one, or nested too deeply.
     """
     try:
         value = json.loads(text, object_pairs_hook=_without_duplicates)
@@ -206,7 +206,7 @@ def _parse(name: str, entry: Any, offset: int) -> TensorInfo:
         raise ValueError(f"{name} has the dtype {entry['dtype']!r}")
     shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
     for number in (*shape, start, end):
-        # `True` is an integer to Python, and 1.0 equals one.
+        # In Python `True` is an integer, and 1.0 equals 1.
         if type(number) is not int or number < 0:
             raise ValueError(f"{name} has the number {number!r}")
     if len(shape) > _MAX_AXES:
@@ -218,7 +218,7 @@ def _parse(name: str, entry: Any, offset: int) -> TensorInfo:
 
 
 def _numpy_dtypes() -> dict[str, np.dtype]:
-    # ml_dtypes comes with JAX; NumPy knows its names only once they are asked for this way.
+    # ml_dtypes comes with JAX; NumPy does not know its dtypes by name.
     return {k: np.dtype(getattr(ml_dtypes, v, v)) for k, v in DTYPES.items()}
 
 
@@ -233,5 +233,5 @@ def _product(shape: Iterable[int]) -> int:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if len(names) != len(set(names)):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("it has a duplicate name")
     return dict(pairs)

@@ -58,17 +58,17 @@ class AnchorTransformerConfig(AbstractConfig):
 
     - `num_dims`: how many coordinates a point has.
     - `branches`: names of the parts of the problem, such as the surface and the volume.
-    - `out_features`: how many numbers are wanted at a point of each branch, in their order.
+    - `out_features`: how many numbers to predict at a point of each branch, in their order.
     - `d_model`: size of the vectors between layers.
     - `num_layers`: how many blocks.
-    - `patterns`: what anchors they attend to, over and over: those of their own branch, of the
-        others, or of all. `num_layers` must be a multiple of how many there are.
+    - `patterns`: which anchors the blocks attend to, repeated over depth: those of their own
+        branch, of the others, or of all. `num_layers` must be a multiple of how many there are.
     - `num_heads`: how many heads.
     - `d_ff`: size inside the MLPs; `None` for `4 * d_model`.
     - `d_geometry`: size of the vectors that describe a geometry; `None` for no such description.
     - `wavelength_base`: of the vectors of coordinates; see `SinusoidalCoordinates`. Their shortest
         wavelength is `2 pi`, so scale coordinates to some hundreds.
-    - `rope_theta`: ratio of the wavelengths by which queries and keys are turned.
+    - `rope_theta`: ratio of the wavelengths by which queries and keys are rotated.
     - `rope_scale`: the shortest of them is `2 pi / rope_scale`.
     - `qk_norm`: whether queries and keys are normalised, each head by an `RMSNorm`.
     - `num_conditions`: how many numbers modulate the blocks (adaLN-Zero); may be 0. Their vectors
@@ -120,7 +120,7 @@ class AnchorTransformerConfig(AbstractConfig):
         if head_dim % 2 or head_dim < 2 * self.num_dims:
             raise ValueError(
                 f"{owner}: head_dim={head_dim} must be even and at least 2 * num_dims = "
-                f"{2 * self.num_dims}: every coordinate turns pairs of features."
+                f"{2 * self.num_dims}: every coordinate rotates pairs of features."
             )
         named = all(self.branches) and len(set(self.branches)) == len(self.branches)
         if not self.branches or not named:
@@ -151,7 +151,7 @@ class AnchorTransformerConfig(AbstractConfig):
 
 
 class AnchorState(eqx.Module):
-    """What an `AnchorTransformer` knows of its anchors: enough to compute any point."""
+    """What an `AnchorTransformer` keeps of its anchors: enough to compute any point."""
 
     geometry: Any
     blocks: Any
@@ -159,12 +159,12 @@ class AnchorState(eqx.Module):
 
 
 class AnchorTransformer(eqx.Module):
-    """A transformer of points in branches, where attention is to some of them, the anchors.
+    """A transformer of points in branches, which attend only to some of them, the anchors.
 
-    The output at any other point, a query, depends on the anchors and on its own place alone. So
-    compute the anchors once (`encode`), and as many queries as one likes, in chunks (`decode`): the
-    same numbers as all at once. The cost is linear in the number of queries. The order of points in
-    a branch means nothing. (Alkin et al., AB-UPT: Scaling Neural CFD Surrogates for High-Fidelity
+    The output at any other point, a query, depends only on the anchors and on its own coordinates.
+    So compute the anchors once (`encode`), and any number of queries in chunks (`decode`), with the
+    same results as all at once. The cost is linear in the number of queries. The order of points in
+    a branch does not matter. (Alkin et al., AB-UPT: Scaling Neural CFD Surrogates for High-Fidelity
     Automotive Aerodynamics Simulations via Anchored-Branched Universal Physics Transformers, 2025.)
 
     A geometry is a `Source`, such as `UPT.encode` returns; every point attends to it before
@@ -191,7 +191,7 @@ class AnchorTransformer(eqx.Module):
         size, count = config.d_model, len(config.branches)
         self.config = config
         self.embedding = SinusoidalCoordinates(config.num_dims, size, config.wavelength_base)
-        # A projection for each branch: what tells a point of the surface from one of the volume.
+        # A projection for each branch: it tells points of the surface from those of the volume.
         self.projs = {
             name: Linear(size, size, use_bias=True, key=k)
             for name, k in zip(config.branches, jax.random.split(keys[0], count), strict=True)
@@ -248,7 +248,7 @@ class AnchorTransformer(eqx.Module):
         - `queries`: coordinates, for any branch; none if not given.
         - `geometry`: what every point attends to first, if the model is built for it.
         - `conditions`: the numbers that modulate the blocks, if the model is built for any.
-        - `valid`: which anchors are no padding, for any branch; all if not given. The output of
+        - `valid`: which anchors are not padding, for any branch; all if not given. The output of
             padding is meaningless.
         - `key`: for dropout; needed if there is any, unless switched off by
             `eqx.nn.inference_mode`.
@@ -310,8 +310,8 @@ class AnchorTransformer(eqx.Module):
         branches = self.config.branches
         if set(anchors) != set(branches):
             raise ValueError(
-                f"AnchorTransformer: there are anchors of {list(anchors)}, but there must be some "
-                f"of all branches={branches}."
+                f"AnchorTransformer: there are anchors of {list(anchors)}, but every one of "
+                f"branches={branches} needs some."
             )
         _check_names("queries", queries, branches)
         if (geometry is None) != (self.geometry_block is None):
@@ -330,7 +330,7 @@ class AnchorTransformer(eqx.Module):
         valid: Mapping[str, Array] | None,
         vector: Array | None,
     ) -> tuple[Array, Condition, Padding | None]:
-        """Vectors of all points, what blocks are told of them, and which are padding."""
+        """Vectors of all points, the context for the blocks, and which points are padding."""
         valid = {} if valid is None else valid
         _check_names("flags", valid, self.config.branches)
         flags = None
@@ -347,7 +347,7 @@ class AnchorTransformer(eqx.Module):
             tokens += [TokenSpec(name, None) for name in self.config.branches]
         coordinates = jnp.concatenate([where for _, where in points])
         if flags is not None:
-            # NaN in padding must not reach a gradient, by a product with zero.
+            # NaN in padding must not reach a gradient, through a product with zero.
             coordinates = jnp.where(flags[:, None], coordinates, 0)
         vectors = self.embedding(coordinates)
         parts = _split(vectors, points)
@@ -375,7 +375,7 @@ def _check_names(what: str, given: Mapping[str, Array], branches: tuple[str, ...
     for name in given:
         if name not in branches:
             raise ValueError(
-                f"AnchorTransformer: there are {what} of {name!r}, which is none of "
+                f"AnchorTransformer: there are {what} of {name!r}, which is not one of "
                 f"branches={branches}."
             )
 

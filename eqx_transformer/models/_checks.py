@@ -6,7 +6,7 @@ from ._config import AbstractConfig
 
 
 def check_arguments(owner: str, config: Any, kind: type[Any], key: Any) -> None:
-    """Checks what a model is built from."""
+    """Checks the arguments of a model's constructor."""
     if not isinstance(config, kind):
         given = f"a {type(config).__name__}"
         if isinstance(config, type):
@@ -40,7 +40,7 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def check_sizes(config: AbstractConfig, *names: str) -> None:
-    """Checks what counts something and must be at least one, or `None`."""
+    """Checks counts that must be at least one, or `None`."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -48,7 +48,7 @@ def check_sizes(config: AbstractConfig, *names: str) -> None:
 
 
 def check_not_negative(config: AbstractConfig, *names: str) -> None:
-    """Checks what counts something that there need not be."""
+    """Checks counts that may be zero."""
     for name in names:
         value = getattr(config, name)
         if value < 0:
@@ -56,7 +56,7 @@ def check_not_negative(config: AbstractConfig, *names: str) -> None:
 
 
 def check_positive(config: AbstractConfig, *names: str) -> None:
-    """Checks what must be a positive number, or `None`."""
+    """Checks numbers that must be positive, or `None`."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value <= 0:
@@ -111,7 +111,7 @@ def check_heads(config: AbstractConfig, num_kv_heads: int | None, head_dim: int 
     if num_kv_heads is not None and num_heads % num_kv_heads:
         raise ValueError(
             f"{owner}: num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}; "
-            "every key head must serve as many query heads."
+            "every key head must serve the same number of query heads."
         )
     return d_model // num_heads if head_dim is None else head_dim
 

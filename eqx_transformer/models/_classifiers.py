@@ -50,7 +50,7 @@ def _make_transform(
 
 
 class SequenceClassifier(eqx.Module):
-    """An encoder and a linear map of its pooled output: one score a class for a sequence."""
+    """An encoder and a linear map of its pooled output: one score per class for a sequence."""
 
     encoder: TransformerEncoder
     transform: HeadTransform | None
@@ -70,14 +70,14 @@ class SequenceClassifier(eqx.Module):
 
         - `config`: of the encoder.
         - `num_classes`: how many scores.
-        - `pooling`: what stands for a sequence: see `pool`, or the encoder's own pooler. With
-            `"first"` and `"pooler"` begin every sequence with a token of its own.
+        - `pooling`: the vector that represents a sequence: see `pool`, or the encoder's own pooler.
+            For `"first"` and `"pooler"`, begin every sequence with a special token.
         - `transform`: what comes before the last linear map.
         - `key`: for the initial weights.
 
         Raises:
 
-        - `ValueError` if the pooler is asked for and the configuration has none.
+        - `ValueError` if `pooling` and the `pooler` of the configuration do not fit.
         """
         check_arguments("SequenceClassifier", config, TransformerConfig, key)
         if pooling not in ("first", "mean", "pooler"):
@@ -87,7 +87,7 @@ class SequenceClassifier(eqx.Module):
         if (pooling == "pooler") != config.pooler:
             raise ValueError(
                 f"SequenceClassifier: pooling={pooling!r} and pooler={config.pooler} in the "
-                "configuration do not fit; 'pooler' needs one, and the others have no use for it."
+                "configuration do not fit: 'pooler' needs one, and the others have no use for it."
             )
         encoder_key, head_key, transform_key = jax.random.split(key, 3)
         d_model = config.d_model
@@ -116,7 +116,7 @@ class SequenceClassifier(eqx.Module):
 
         - `tokens`: their ids.
         - `token_types`: which type each is of; all of type 0 if not given.
-        - `valid`: which tokens are not padding; those that are no `pad_token_id` if not given.
+        - `valid`: which tokens are not padding; those other than `pad_token_id` if not given.
         - `key`: for dropout.
         """
         valid = self.encoder.embedding.valid(tokens) if valid is None else valid
@@ -130,7 +130,7 @@ class SequenceClassifier(eqx.Module):
 
 
 class TokenClassifier(eqx.Module):
-    """An encoder and a map of every position: scores a token, of classes or of tokens.
+    """An encoder and a map of every position to scores, of classes or of tokens.
 
     With `num_classes=None` the classes are the vocabulary, as in masked language models, and with
     `tie_embeddings` in the configuration the map is then the embedding.
@@ -151,8 +151,8 @@ class TokenClassifier(eqx.Module):
     ):
         """Arguments:
 
-        - `config`: of the encoder. `head_bias` is about a vocabulary; classes always have one.
-        - `num_classes`: how many scores a token; one for each token id if not given.
+        - `config`: of the encoder. `head_bias` applies to a vocabulary; classes always have a bias.
+        - `num_classes`: how many scores per token; one for each token id if not given.
         - `transform`: what comes before the last linear map: `"linear_norm"` in BERT.
         - `key`: for the initial weights.
         """

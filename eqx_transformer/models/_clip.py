@@ -31,8 +31,8 @@ class CLIPConfig(AbstractConfig):
     - `text`: of the text tower.
     - `d_embedding`: size of the space in which images and texts are compared.
     - `text_causal`: whether a token sees only earlier ones.
-    - `text_pooling`: what stands for a text: the first token `eos_token_id` (`"eos"`), the token
-        with the largest id (`"largest"`, which is the same thing in the vocabulary of the published
+    - `text_pooling`: which position represents a text: the first `eos_token_id` (`"eos"`), the
+        token with the largest id (`"largest"`, which is the same in the vocabulary of the published
         CLIPs), or the last position (`"last"`).
     - `eos_token_id`: the token that ends texts, for `text_pooling="eos"`.
     - `image_projection`: whether the image's vector is projected; if not, it must be of size
@@ -114,7 +114,7 @@ class TextTower(eqx.Module):
         Arguments:
 
         - `tokens`: their ids.
-        - `mask`: who may attend to whom, besides what the configuration says.
+        - `mask`: who may attend to whom, combined by `&` with the mask of the configuration.
         - `key`: for dropout.
 
         Raises:
@@ -142,7 +142,7 @@ class TextTower(eqx.Module):
 
 
 class CLIP(eqx.Module):
-    """Images and texts in one space, where those that belong together are close.
+    """Embeds images and texts in one space, where those that belong together are close.
 
     CLIP (Radford et al., 2021), and with other settings SigLIP (Zhai et al., 2023).
 
@@ -179,8 +179,8 @@ class CLIP(eqx.Module):
             use_bias=config.text_projection_bias,
             key=text_proj_key,
         )
-        # As in the papers: a temperature of 0.07, and of 0.1 with a bias for many more pairs that
-        # do not belong together than do.
+        # As in the papers: a temperature of 0.07, or of 0.1 with a bias, because far more pairs do
+        # not belong together than do.
         sigmoid = config.loss == "sigmoid"
         self.logit_scale = jnp.asarray(math.log(10.0 if sigmoid else 1 / 0.07))
         self.logit_bias = jnp.asarray(-10.0) if sigmoid else None
@@ -209,10 +209,10 @@ class CLIP(eqx.Module):
     def scores(
         self, images: Float[Array, "images d_embedding"], texts: Float[Array, "texts d_embedding"]
     ) -> Float[Array, "images texts"]:
-        """How well images and texts fit, given their embeddings.
+        """How well images and texts match, given their embeddings.
 
-        The softmax of a row are the probabilities of the texts for an image; with
-        `loss="sigmoid"` the sigmoid of an element is the probability that the pair fits.
+        The softmax of a row gives the probabilities of the texts for an image; with
+        `loss="sigmoid"` the sigmoid of an element is the probability that the pair matches.
         """
         scores = jnp.exp(self.logit_scale).astype(images.dtype) * (images @ texts.T)
         return scores if self.logit_bias is None else scores + self.logit_bias.astype(scores.dtype)

@@ -23,7 +23,7 @@ class AbstractConfig(abc.ABC):
     """
 
     # Run-time type checkers leave the constructor to the checks below, which know more: that an
-    # integer is a fine rope_theta, and which name was meant.
+    # integer is a valid rope_theta, and which name was meant.
     __no_type_check__: ClassVar[bool] = True
 
     # Before `__init__`, which would report an unknown name without a suggestion.
@@ -67,7 +67,7 @@ class AbstractConfig(abc.ABC):
 
         Raises:
 
-        - `ValueError` for a name that is no field, or that lacks one without a default.
+        - `ValueError` for a name that is not a field, or for a missing field without a default.
         """
         return _build(cls, fields)
 
@@ -119,7 +119,7 @@ def _build(cls: Any, fields: Mapping[str, Any]) -> Any:
 
 
 def _converted(value: Any, kind: Any) -> Any:
-    """`value`, or what JSON made of it, as an instance of `kind` if there is a way."""
+    """`value`, or its form in JSON, as an instance of `kind` if that is possible."""
     options = [option for option, _ in _alternatives(kind)]
     if type(value) is int and float in options and int not in options:
         return float(value)
@@ -139,7 +139,7 @@ def _converted(value: Any, kind: Any) -> Any:
     return value
 
 
-# Kept, because the presets alone ask some thousand times when they are imported.
+# Cached, because the presets alone ask some thousand times when they are imported.
 @functools.cache
 def _alternatives(kind: Any) -> tuple[tuple[Any, Any], ...]:
     """What is allowed, and of which generic type it is."""

@@ -32,7 +32,8 @@ class DeBERTaConfig(AbstractConfig):
         distance.
     - `content_to_position`, `position_to_content`: which terms scores have, besides that of
         content.
-    - `share_projections`: whether the vectors of distances are projected as queries and keys are.
+    - `share_projections`: whether the vectors of distances share the projections of queries and
+        keys.
     - `relative_norm`: whether there is a norm on the vectors of distances.
     - `convolution_size`: how many positions a convolution beside the first layer sees; `None` for
         no convolution.
@@ -81,7 +82,7 @@ class DeBERTaConfig(AbstractConfig):
         if numbers.positions not in ("learned", "sinusoidal", "sinusoidal_halves", "none"):
             raise ValueError(
                 f"DeBERTaConfig: positions={numbers.positions!r} would change attention, which "
-                "has its own; use 'learned' or 'none'."
+                "has relative positions of its own; use 'learned' or 'none'."
             )
         if not (self.content_to_position or self.position_to_content):
             raise ValueError(
@@ -91,12 +92,12 @@ class DeBERTaConfig(AbstractConfig):
 
     @property
     def distances(self) -> int:
-        """From which distance on all are the same."""
+        """The distance from which on distances are not told apart."""
         return self.transformer.max_len if self.max_distance is None else self.max_distance
 
 
 class DeBERTa(eqx.Module):
-    """An encoder whose attention tells content from relative positions.
+    """An encoder whose attention has separate vectors for content and relative positions.
 
     Versions 2 and 3. (He et al., DeBERTa, 2021; DeBERTaV3, 2021.)
 
@@ -160,7 +161,7 @@ class DeBERTa(eqx.Module):
 
         - `tokens`: their ids.
         - `token_types`: which type each is of; all of type 0 if not given.
-        - `valid`: which tokens are not padding; those that are no `pad_token_id` if not given.
+        - `valid`: which tokens are not padding; those other than `pad_token_id` if not given.
         - `key`: for dropout; needed if there is any, unless switched off by
             `eqx.nn.inference_mode`.
 
@@ -186,10 +187,10 @@ class DeBERTa(eqx.Module):
         valid: Bool[Array, " seq"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "seq d_model"]:
-        """What enters the first layer, zero where there is padding; arguments as in the call."""
+        """The input of the first layer, zero at padding; the arguments are those of `__call__`."""
         x = self.embedding(tokens, token_types=token_types, key=key)
         valid = self.embedding.valid(tokens) if valid is None else valid
-        # The convolution sees neighbours, whoever they are.
+        # The convolution sees all its neighbours, padding too.
         return x if valid is None else jnp.where(valid[:, None], x, 0)
 
     def convolve(

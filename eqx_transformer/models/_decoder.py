@@ -23,7 +23,7 @@ from ._transformer_parts import (
 
 
 class TokenCache(eqx.Module):
-    """What a decoder keeps of the tokens it has seen: what its layers keep, and which count."""
+    """What a decoder keeps of the tokens it has seen: its layers' caches, and which are valid."""
 
     layers: Any
     valid: Bool[Array, " max_len"] | None
@@ -36,9 +36,9 @@ class TokenCache(eqx.Module):
 
 
 class TransformerDecoder(eqx.Module):
-    """A transformer that reads tokens from left to right: logits of the next one, everywhere.
+    """A transformer that reads tokens from left to right: logits of the next at every position.
 
-    Nobody attends to padding tokens. (Radford et al., GPT, 2018.)
+    Padding tokens are not attended to. (Radford et al., GPT, 2018.)
     """
 
     config: TransformerConfig = eqx.field(static=True)
@@ -78,7 +78,7 @@ class TransformerDecoder(eqx.Module):
         Arguments:
 
         - `tokens`: their ids.
-        - `mask`: who may attend to whom, besides being causal and not attending to padding.
+        - `mask`: who may attend to whom, combined by `&` with causality and padding.
         - `positions`: absolute positions; `0, 1, 2, ...` if not given.
         - `key`: for dropout; needed if there is any, unless switched off by
             `eqx.nn.inference_mode`.
@@ -129,7 +129,7 @@ class TransformerDecoder(eqx.Module):
         mask: AbstractMask | None = None,
         length: int | Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "seq vocab"], TokenCache]:
-        """The logits at the next positions of a sequence: prefill, a part of one, or decoding.
+        """The logits at the next positions of a sequence, for prefill (also in parts) and decoding.
 
         Arguments:
 
@@ -164,7 +164,7 @@ def logits(
     *,
     scaled: bool = False,
 ) -> Float[Array, "seq vocab"]:
-    """The scores of all tokens, by the head or, where there is none, by the embedding."""
+    """The logits of all tokens, by the head or, where there is none, by the embedding."""
     if scaled:
         x = x * x.shape[-1] ** -0.5
     scores = table.attend(x) if head is None else head(x)
@@ -206,7 +206,7 @@ def extend(
     index = cache.length + jnp.arange(seq, dtype=jnp.int32)
     valid, new = cache.valid, embedding.valid(tokens)
     if valid is not None and new is not None:
-        # Past the end of the cache nothing is written; that it is too short the layers say.
+        # Nothing is written past the end of the cache; the layers raise the error for that.
         valid = valid.at[index].set(new, mode="drop")
         mask = Padding(valid) if mask is None else Padding(valid) & mask
     x, layers = stack.extend(embedding(tokens, index), cache.layers, mask=mask, length=length)

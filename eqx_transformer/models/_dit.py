@@ -51,15 +51,15 @@ class DiTConfig(AbstractConfig):
     - `num_channels`: how many channels images have.
     - `out_channels`: how many channels the output has; `None` for `num_channels`.
     - `num_classes`: how many classes there are to condition on; `None` for no such condition.
-    - `class_dropout_rate`: the probability with which, in training, a class is not told, so that
+    - `class_dropout_rate`: the probability with which, in training, the class is withheld, so that
         the model is an unconditional one too (Ho and Salimans, 2022).
-    - `time_scale`: by what times are multiplied before their sinusoids are taken. Those of
-        diffusion models are counted in steps, up to 1000; for times from 0 to 1 use 1000.
+    - `time_scale`: the factor on times before their sinusoids are taken. Diffusion models count
+        time in steps, up to 1000; for times from 0 to 1 use 1000.
     - `d_model`: size of the vectors between layers.
     - `num_layers`: how many blocks.
     - `num_heads`: how many heads.
     - `d_ff`: size inside the MLPs; `None` for `4 * d_model`.
-    - `positions`: how the model knows where patches are: by a fixed vector, or by turned queries
+    - `positions`: how the model knows where patches are: by a fixed vector, or by rotated queries
         and keys.
     - `rope_theta`: ratio of the wavelengths of `positions="rope"`.
     - `qk_norm`: whether queries and keys are normalised, each head by an `RMSNorm`.
@@ -110,7 +110,7 @@ class DiTConfig(AbstractConfig):
             )
         if self.positions == "rope" and (head_dim % 2 or head_dim < 4):
             raise ValueError(
-                f"DiTConfig: positions='rope' turns pairs of features by rows and by columns, so "
+                f"DiTConfig: positions='rope' rotates pairs of features by rows and by columns, so "
                 f"head_dim={head_dim} must be even and at least 4."
             )
 
@@ -119,8 +119,8 @@ class DiT(eqx.Module):
     """A diffusion transformer: from a noisy image and a time to an image, given a class.
 
     Every block is modulated by the sum of the vectors of the time and the class, through scales,
-    shifts and gates that are zero to begin with: the model begins with zero as its output, whatever
-    its input. What the output means (noise, velocity, the clean image) is up to the training.
+    shifts and gates that are initially zero: at first the output is zero, whatever the input. What
+    the output means (noise, velocity, the clean image) is up to the training.
     (Peebles and Xie, Scalable Diffusion Models with Transformers, 2023.)
 
     Images are `[channels, height, width]`, of any size that patches divide.
@@ -152,7 +152,7 @@ class DiT(eqx.Module):
         self.time_embedding = TimestepEmbedding(d_model, key=keys[1])
         self.class_embedding = None
         if config.num_classes is not None:
-            # The last row stands for a class that is not told.
+            # The last row stands for no class.
             self.class_embedding = Embedding(
                 config.num_classes + 1,
                 d_model,
@@ -194,9 +194,9 @@ class DiT(eqx.Module):
 
         - `image`: channels first.
         - `time`: a number.
-        - `label`: the class, from 0 to `num_classes - 1`; not told if not given.
-        - `key`: for dropout, and for not telling the class in training; needed if there is any,
-            unless switched off by `eqx.nn.inference_mode`.
+        - `label`: the class, from 0 to `num_classes - 1`; unconditional if not given.
+        - `key`: for dropout, and for dropping the class in training; needed if there is any, unless
+            switched off by `eqx.nn.inference_mode`.
 
         Raises:
 
@@ -235,7 +235,7 @@ class DiT(eqx.Module):
             return None
         if label is None:
             return self.class_embedding(jnp.asarray(num_classes, jnp.int32))
-        # The embedding has a row for no class, which must not be taken for one more class.
+        # The embedding's row for no class must not be taken for one more class.
         label = jnp.where(label == num_classes, -1, label)
         if rate > 0 and not self.inference:
             if key is None:
@@ -262,7 +262,7 @@ def _make_block(config: DiTConfig, *, key: PRNGKeyArray) -> TransformerBlock:
         key=attention_key,
     )
     d_ff = 4 * d_model if config.d_ff is None else config.d_ff
-    # Scales and shifts are the modulation's, so norms have none of their own.
+    # Scales and shifts come from the modulation, so norms have none of their own.
     norm = LayerNorm(d_model, eps=config.norm_eps, use_weight=False, use_bias=False)
     return TransformerBlock(
         attention,

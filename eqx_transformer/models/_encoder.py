@@ -18,7 +18,7 @@ from ._transformer_parts import AnyStack, make_norm, make_stack
 class TransformerEncoder(eqx.Module):
     """A transformer that reads a sequence of tokens in both directions.
 
-    Nobody attends to padding tokens; what is returned at their positions is meaningless. (Vaswani
+    Padding tokens are not attended to; what is returned at their positions is meaningless. (Vaswani
     et al., 2017.)
 
     With settings of its configuration it is BERT (Devlin et al., 2018), RoBERTa (Liu et al., 2019),
@@ -66,7 +66,7 @@ class TransformerEncoder(eqx.Module):
 
         - `tokens`: their ids.
         - `token_types`: which type each is of; all of type 0 if not given.
-        - `mask`: who may attend to whom besides that nobody attends to padding.
+        - `mask`: who may attend to whom, combined by `&` with that of padding.
         - `positions`: absolute positions; `0, 1, 2, ...` if not given.
         - `key`: for dropout; needed if there is any, unless switched off by
             `eqx.nn.inference_mode`.
@@ -153,6 +153,6 @@ def pool(
         return x[0]
     wide = x.astype(accumulation_dtype(x.dtype))
     weight = jnp.ones(x.shape[0], wide.dtype) if valid is None else valid.astype(wide.dtype)
-    # What padding holds does not matter, NaN included.
+    # The contents of padding do not matter, even if NaN.
     total = jnp.where(weight[:, None] > 0, wide, 0).sum(axis=0)
     return (total / jnp.maximum(weight.sum(), 1)).astype(x.dtype)

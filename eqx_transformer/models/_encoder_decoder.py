@@ -23,11 +23,11 @@ from ._transformer_parts import (
 
 
 class EncoderDecoder(eqx.Module):
-    """An encoder for a source, and a decoder that attends to what it returns.
+    """An encoder for a source, and a decoder that attends to its output.
 
-    Nobody attends to padding, of the source or of the target. Both have the same vocabulary and
-    share the vectors of tokens; what else enters the first block (learned positions, a norm) each
-    has for itself. (Vaswani et al., 2017.)
+    Padding is not attended to, in the source or in the target. Both have the same vocabulary and
+    share the vectors of tokens; other parts of the embedding (learned positions, a norm) are
+    separate. (Vaswani et al., 2017.)
 
     With settings of its configuration it is T5 (Raffel et al., 2020), BART (Lewis et al., 2020) or
     Marian (Junczys-Dowmunt et al., 2018). `generate` and `beam_search` continue a target from the
@@ -87,10 +87,10 @@ class EncoderDecoder(eqx.Module):
         - `target`: tokens the decoder reads: the target shifted by one, after a token that begins
             it.
         - `source_mask`: who may attend to whom within the source, and from the target to the
-            source, besides not attending to padding: `Padding(valid)` where masks say what is
+            source, combined by `&` with that of padding: `Padding(valid)` if the configuration has
+            no `pad_token_id`.
+        - `mask`: who may attend to whom within the target, combined by `&` with causality and
             padding.
-        - `mask`: who may attend to whom within the target, besides being causal and not attending
-            to padding.
         - `key`: for dropout; needed if there is any, unless switched off by
             `eqx.nn.inference_mode`.
 
@@ -125,7 +125,7 @@ class EncoderDecoder(eqx.Module):
         source_mask: AbstractMask | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Source:
-        """What the encoder makes of the source, and which of it is not padding."""
+        """The encoded source, and the mask of its padding."""
         return self._encode(source, source_mask, key)[0]
 
     def _encode(
@@ -137,7 +137,7 @@ class EncoderDecoder(eqx.Module):
 
     @property
     def _target(self) -> tuple[TokenEmbedding, Any, Any]:
-        """What a target goes through."""
+        """The layers that a target goes through."""
         embedding = eqx.tree_at(
             lambda x: x.embedding,
             self.decoder_embedding,

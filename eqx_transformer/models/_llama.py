@@ -44,13 +44,13 @@ from ._vocabulary import ACTIVATIONS, GATED, REMAT, attention_fn_of
 class LlamaCache(eqx.Module):
     """What a `Llama` keeps of the tokens it has seen.
 
-    Like all caches it is a value: `extend` returns a new one and leaves the old one valid.
+    Like all caches it is immutable: `extend` returns a new one and leaves the old one valid.
     """
 
     layers: Any
-    """What the layers keep, as their stack has it."""
+    """The caches of the layers, as returned by their stack."""
     documents: Int[Array, " max_len"] | None
-    """The number of the document at every position, where a token begins documents."""
+    """The number of the document at every position, if `document_start_id` is set."""
     length: Int[Array, ""]
     """How many tokens there were."""
 
@@ -63,10 +63,10 @@ class LlamaCache(eqx.Module):
 class Llama(eqx.Module):
     """Decoder-only language models, for one sequence of tokens.
 
-    As it comes, the blocks are those of Llama: pre-norm, with RMSNorm, rotary positions, grouped
+    By default the blocks are those of Llama: pre-norm, with RMSNorm, rotary positions, grouped
     queries and SwiGLU (Touvron et al., 2023). Mistral is this with a `window`, Qwen 3 with
-    `qk_norm`; how GPT-2, Gemma, DeepSeek and others differ, their `presets` say in a few fields
-    each.
+    `qk_norm`; GPT-2, Gemma, DeepSeek and others differ in a few fields each, which their `presets`
+    show.
 
     Layers that are all alike are one `Stack`; of several kinds, a `StackSequence`.
     """
@@ -131,9 +131,9 @@ class Llama(eqx.Module):
         Arguments:
 
         - `tokens`: their ids.
-        - `mask`: who may attend to whom besides being causal: padding, packed documents.
-        - `positions`: absolute positions; `0, 1, 2, ...` if not given. Leave them out where that is
-            what they are.
+        - `mask`: who may attend to whom, combined by `&` with causality: padding, packed documents.
+        - `positions`: absolute positions; `0, 1, 2, ...` if not given. Leave them out where the
+            default is right.
         - `key`: for dropout; needed if there is any, unless switched off by
             `eqx.nn.inference_mode`.
 
@@ -152,7 +152,7 @@ class Llama(eqx.Module):
         positions: Int[Array, " seq"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "seq d_model"]:
-        """What `logits` makes the logits of. Arguments are those of `__call__`."""
+        """The vectors from which `logits` computes logits. Arguments are those of `__call__`."""
         x, options = self._begin(tokens, mask, positions, key)
         return self._normed(self.stack(x, **options))
 
@@ -196,8 +196,8 @@ class Llama(eqx.Module):
         """
         if not self.config.causal:
             raise ValueError(
-                "Llama: with causal=False earlier positions depend on later ones, so there is "
-                "nothing to keep of them; call the model on the whole sequence."
+                "Llama: with causal=False earlier positions depend on later ones, so they cannot "
+                "be cached; call the model on the whole sequence."
             )
         max_len = self.config.max_len if max_len is None else max_len
         self._check_length("the cache's max_len", max_len)
@@ -217,7 +217,7 @@ class Llama(eqx.Module):
         mask: AbstractMask | None = None,
         length: int | Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "seq vocab"], LlamaCache]:
-        """The logits at the next positions of a sequence: prefill, a part of one, or decoding.
+        """The logits at the next positions of a sequence, for prefill (also in parts) and decoding.
 
         Arguments:
 
@@ -241,7 +241,7 @@ class Llama(eqx.Module):
         documents = cache.documents
         if documents is not None:
             before = jnp.where(cache.length > 0, documents[cache.length - 1], 0)
-            # Past the end of the cache nothing is written; that it is too short the layers say.
+            # Nothing is written past the end of the cache; the layers raise the error for that.
             documents = documents.at[at].set(before + self._documents(tokens), mode="drop")
             mask = _both(Segments(documents), mask)
         x, layers = self.stack.extend(
@@ -257,7 +257,7 @@ class Llama(eqx.Module):
         positions: Array | None,
         key: PRNGKeyArray | None,
     ) -> tuple[Array, dict[str, Any]]:
-        """What enters the first block, and what every block is given besides."""
+        """The input of the first block, and what else every block is given."""
         self._check_length("seq", tokens.shape[0])
         if self.config.embedding_dropout_rate > 0 and key is not None:
             embedding_key, key = jax.random.split(key)
@@ -265,7 +265,7 @@ class Llama(eqx.Module):
             embedding_key = None
         if self.config.document_start_id is not None:
             ids = self._documents(tokens)
-            # Masks look at positions, which are not indices where they are given.
+            # Masks are indexed by position, which is not the index if positions are given.
             if positions is not None:
                 ids = jnp.full(self.config.max_len, -1, jnp.int32).at[positions].set(ids)
             mask = _both(Segments(ids), mask)

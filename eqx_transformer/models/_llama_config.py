@@ -23,7 +23,7 @@ DType = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 class LayerKind(NamedTuple):
-    """What sets a layer apart from the others of a model."""
+    """The ways in which layers of a model may differ."""
 
     sliding: bool
     experts: bool
@@ -57,7 +57,7 @@ class MLAConfig(AbstractConfig):
         if self.rope_head_dim % 2:
             raise ValueError(
                 f"MLAConfig: rope_head_dim={self.rope_head_dim} must be even, because rotary "
-                "positions turn pairs of features."
+                "positions rotate pairs of features."
             )
 
 
@@ -73,16 +73,16 @@ class MoEConfig(AbstractConfig):
     - `scores`: how the router's logits become scores: `"softmax"` over all experts, or
         `"sigmoid"` of each.
     - `renormalize`: whether the weights of the chosen experts sum to `route_scale`. With
-        `"softmax"` this is also what a softmax over the chosen logits alone gives.
+        `"softmax"` this is the same as a softmax over the chosen logits alone.
     - `route_scale`: factor on the weights.
     - `router_bias`: whether the router has a bias.
     - `selection_bias`: whether scores get a bias for the choice only.
-    - `num_groups`, `top_groups`: experts are in `num_groups` groups, and a position chooses in its
-        best `top_groups` groups only.
+    - `num_groups`, `top_groups`: experts are in `num_groups` groups, and a position chooses only
+        from its best `top_groups` groups.
     - `group_score`: what makes a group the best, its best expert or the sum of its best two.
-    - `num_shared_experts`: how many experts every position goes through besides; they are one MLP
+    - `num_shared_experts`: how many further experts every position goes through; they are one MLP
         of `num_shared_experts * d_expert`.
-    - `shared_gate`: whether their output has a sigmoid gate, one number a position.
+    - `shared_gate`: whether their output has a sigmoid gate, one number per position.
     - `first_dense`, `every`, `dense_layers`: which layers have experts: layer `i` does if
         `i >= first_dense`, `i + 1` is a multiple of `every`, and `i` is not in `dense_layers`.
     """
@@ -131,7 +131,7 @@ class MoEConfig(AbstractConfig):
             )
 
     def has_experts(self, layer: int) -> bool:
-        """Whether the layer of this number has experts."""
+        """Whether layer number `layer` has experts."""
         regular = layer >= self.first_dense and (layer + 1) % self.every == 0
         return regular and layer not in self.dense_layers
 
@@ -158,20 +158,20 @@ class LlamaConfig(AbstractConfig):
 
     - `tie_embeddings`: whether the output head is the embedding.
     - `head_bias`: whether the output head has a bias.
-    - `embedding_scale`: factor on what is looked up. Gemma's is `sqrt(d_model)`.
+    - `embedding_scale`: factor on the embeddings of tokens. Gemma's is `sqrt(d_model)`.
     - `embedding_norm`: whether a norm follows, as in BLOOM.
     - `embedding_dropout_rate`: the probability with which a feature of an embedding is dropped.
     - `logit_soft_cap`: the bound `c` in `c * tanh(logits / c)`; `None` for no bound.
 
     Positions:
 
-    - `positions`: how the model knows where tokens are: turned queries and keys, a bias on scores,
+    - `positions`: how the model knows where tokens are: rotated queries and keys, a bias on scores,
         vectors added to the embeddings, or not at all.
     - `rope_theta`: base of the wavelengths of `"rope"`.
     - `rope_scaling`: how they change for long sequences; see `RoPE`.
     - `rope_local_theta`: that of the sliding layers, which then have no scaling (Gemma 3); `None`
-        if they are as the others.
-    - `rotary_fraction`: the share of the features of a head, the first ones, that is turned.
+        if they are like the others.
+    - `rotary_fraction`: the share of the features of a head, the first ones, that is rotated.
     - `rope_interleaved`: whether pairs are neighbours; otherwise they are half of those features
         apart.
     - `alibi_scale`: factor on the slopes of `"alibi"`. Falcon's is `1 / sqrt(head_dim)`.
@@ -183,21 +183,21 @@ class LlamaConfig(AbstractConfig):
         later ones if not causal); `None` if there are no such layers.
     - `layer_types`: which layers are `"global"`, which `"sliding"`: one of these for all, or a
         pattern that is repeated up to `num_layers`. `None` for all sliding if there is a `window`.
-    - `document_start_id`: a token that begins a document; a position sees its own document only.
-        `None` if all tokens of a sequence are one document. (Other boundaries are a mask, given in
+    - `document_start_id`: a token that begins a document; a position sees only its own document.
+        `None` if all tokens of a sequence are one document. (For other boundaries, pass a mask in
         the call.)
     - `query_scale`: factor on the scores; `None` for `1 / sqrt(head_dim)`.
     - `attention_soft_cap`: the bound `c` in `c * tanh(score / c)`; `None` for no bound.
     - `qk_norm`: whether queries and keys are normalised.
-    - `qk_norm_over`: whether that is done with each head or with all of a position.
+    - `qk_norm_over`: whether each head is normalised on its own, or the whole projection.
     - `clip_qkv`: the bound to which queries, keys and values are clipped; `None` for no bound.
-    - `sinks`: whether every head has a learned score that takes part in the softmax alone.
-    - `mla`: the numbers of multi-head latent attention, in place of the usual one.
+    - `sinks`: whether every head has a learned score that takes part in the softmax only.
+    - `mla`: the numbers of multi-head latent attention, which replaces the usual attention.
 
     MLPs:
 
     - `activation`: their nonlinearity, and whether they have a gate.
-    - `mlp_clip`: the bound to which gate and the other factor are clipped; `None` for no bound.
+    - `mlp_clip`: the bound to which the gate and the other factor are clipped; `None` for no bound.
     - `mlp_up_offset`: added to the factor that is not the gate.
     - `moe`: the numbers of layers with experts; `None` if there are none.
 
@@ -206,17 +206,17 @@ class LlamaConfig(AbstractConfig):
     - `norm`: root-mean-square or layer normalisation, everywhere.
     - `norm_eps`: added to the mean square or variance.
     - `norm_offset`: added to the weights of `"rms"`. Gemma's is 1.
-    - `norm_bias`: whether those of `"layer"` have biases.
+    - `norm_bias`: whether norms of kind `"layer"` have biases.
     - `pre_norm`: whether a norm precedes attention and MLP.
     - `post_attention_norm`, `post_mlp_norm`: whether one follows, before the result is added.
-    - `parallel_residual`: whether attention and MLP get the same input and are added together, with
-        one norm for both or with one for each.
+    - `parallel_residual`: whether attention and MLP have the same input and are added together,
+        with one norm for both or one for each.
     - `use_bias`: whether the projections of attention and MLP have biases.
     - `qkv_bias`, `o_bias`, `mlp_bias`: the same for some of them; `None` for `use_bias`.
 
     Training and computation:
 
-    - `dropout_rate`: the probability with which an attention weight, and an output of a residual
+    - `dropout_rate`: the probability with which an attention weight, and an element of a residual
         branch, is dropped.
     - `param_dtype`: of the parameters; `None` for the default floating dtype.
     - `dtype`: what the model computes in, and caches; `None` for that of the parameters.
@@ -301,7 +301,7 @@ class LlamaConfig(AbstractConfig):
 
     @property
     def rotary_dim(self) -> int:
-        """How many features of a head are turned by `positions="rope"`."""
+        """How many features of a head are rotated by `positions="rope"`."""
         if self.mla is not None:
             return self.mla.rope_head_dim
         return int(self.attention_head_dim * self.rotary_fraction)
@@ -361,7 +361,8 @@ class LlamaConfig(AbstractConfig):
         if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"LlamaConfig: num_heads={self.num_heads} is not a multiple of "
-                f"num_kv_heads={self.num_kv_heads}; every key head must serve as many query heads."
+                f"num_kv_heads={self.num_kv_heads}; every key head must serve the same number of "
+                "query heads."
             )
         if not 0 < self.rotary_fraction <= 1:
             raise ValueError(
@@ -373,14 +374,14 @@ class LlamaConfig(AbstractConfig):
         if self.rotary_fraction < 1:
             raise ValueError(
                 f"LlamaConfig: rotary_fraction={self.rotary_fraction} of head_dim="
-                f"{self.attention_head_dim} turns {self.rotary_dim} features, which must be even "
+                f"{self.attention_head_dim} rotates {self.rotary_dim} features, which must be even "
                 "and at least 2."
             )
         origin = f" = d_model / num_heads = {self.d_model} / {self.num_heads}"
         raise ValueError(
             f"LlamaConfig: head_dim={self.attention_head_dim}"
             f"{origin if self.head_dim is None else ''} must be even, because rotary positions "
-            "turn pairs of features; give an even head_dim."
+            "rotate pairs of features; give an even head_dim."
         )
 
     def _check_layers(self) -> None:
@@ -413,7 +414,7 @@ class LlamaConfig(AbstractConfig):
             )
 
     def _check_unused(self) -> None:
-        """A field that would have no effect is a mistake, and is named."""
+        """Raises an error for a field that is set but has no effect."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         plain = self.activation not in GATED
         unused = {
@@ -447,5 +448,5 @@ class LlamaConfig(AbstractConfig):
         if self.mla is not None and self.positions != "rope":
             raise ValueError(
                 f"LlamaConfig: positions={self.positions!r} must be 'rope' with mla, whose keys "
-                "have a part for it."
+                "have a rotary part."
             )

@@ -1,4 +1,4 @@
-"""What the models for physics are made of."""
+"""The parts of the models for physics."""
 
 import equinox as eqx
 import jax
@@ -18,7 +18,7 @@ from ..stacks import PerceiverBlock, Residual, TransformerBlock
 
 
 class ConditionEmbedding(eqx.Module):
-    """A vector for some numbers: the sum of one for each, as `TimestepEmbedding` makes them."""
+    """A vector for some numbers: the sum of a `TimestepEmbedding` of each."""
 
     embeddings: TimestepEmbedding
     num_conditions: int = eqx.field(static=True)
@@ -42,7 +42,7 @@ def condition_vector(
 
     Raises:
 
-    - `ValueError` if there are others than the model is built for.
+    - `ValueError` if there are not as many as the model is built for.
     """
     expected = 0 if embedding is None else embedding.num_conditions
     given = 0 if conditions is None else conditions.shape[0]
@@ -68,13 +68,13 @@ def pre_norm_block(
 ) -> TransformerBlock:
     """A block with norms before its branches, and the given attention.
 
-    With a `drop_path_rate` its branches have a `DropPath`, whose rate is then a matter of depth.
+    With a `drop_path_rate` its branches have a `DropPath`, whose rate is then set by depth.
     """
     d_ff = 4 * d_model if d_ff is None else d_ff
     # Each with arrays of its own: one buffer in two leaves could not be donated.
     first, second = (
         Residual(
-            # Scales and shifts are the modulation's, where there is one.
+            # Scales and shifts come from the modulation, if there is one.
             LayerNorm(d_model, eps=norm_eps, use_weight=not conditioned, use_bias=not conditioned),
             scale=None if layer_scale is None else LayerScale(d_model, init=layer_scale),
             dropout_rate=dropout_rate,
@@ -96,7 +96,7 @@ def perceiver_block(
     dropout_rate: float,
     key: PRNGKeyArray,
 ) -> PerceiverBlock:
-    """The same with attention to a source, whose vectors have size `d_memory`."""
+    """The same with attention to a source whose vectors have size `d_memory`."""
     attention_key, mlp_key = jax.random.split(key)
     d_ff = 4 * d_model if d_ff is None else d_ff
     # Each with arrays of its own: one buffer in two leaves could not be donated.

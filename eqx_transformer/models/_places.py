@@ -16,11 +16,11 @@ class Place(NamedTuple):
     """Where a leaf is."""
 
     path: str
-    """Such as `"stack.blocks.attention.q_proj.weight"`."""
+    """For example `"stack.blocks.attention.q_proj.weight"`."""
     stacked: tuple[str, ...]
     """What the leading axes count: `"layers"`, `"experts"`, `"conditions"`."""
     inside: tuple[Any, ...]
-    """All that the leaf is in, the model first."""
+    """All nodes that contain the leaf, from the model down."""
 
 
 _STACKED: Final = (
@@ -28,7 +28,7 @@ _STACKED: Final = (
     (MixtureOfExperts, "experts", "experts"),
     (ConditionEmbedding, "embeddings", "conditions"),
 )
-"""Modules that hold many of a kind as one, in which field, and what the leading axis counts."""
+"""Modules that hold stacked modules, in which field, and what the leading axis counts."""
 
 
 def map_with_place(

@@ -15,7 +15,7 @@ from ._transformer_parts import make_norm, make_positions
 
 
 class TokenEmbedding(eqx.Module):
-    """What enters the first block: vectors of tokens, with their positions.
+    """The input of the first block: vectors of tokens, with their positions.
 
         x = scale * embedding(tokens) + token_types(types) + positions
         projection(dropout(norm(x)))
@@ -114,11 +114,11 @@ class TokenEmbedding(eqx.Module):
         return jnp.where(counted, jnp.cumsum(counted, dtype=jnp.int32) - 1, -1)
 
     def valid(self, tokens: Int[Array, " seq"]) -> Array | None:
-        """Which tokens are not padding; `None` if no token is."""
+        """Which tokens are not padding; `None` if no token id stands for padding."""
         return None if self.pad_token_id is None else tokens != self.pad_token_id
 
     def mask(self, tokens: Int[Array, " seq"], mask: AbstractMask | None) -> AbstractMask | None:
-        """`mask`, and nobody attends to padding."""
+        """`mask`, combined with that of padding."""
         valid = self.valid(tokens)
         if valid is None:
             return mask

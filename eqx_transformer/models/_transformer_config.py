@@ -17,20 +17,20 @@ from ._vocabulary import Activation
 Positions = Literal[
     "sinusoidal", "sinusoidal_halves", "learned", "rope", "alibi", "relative", "none"
 ]
-"""How a model knows where tokens are: vectors added to embeddings, turned queries and keys, a bias
+"""How a model knows where tokens are: vectors added to embeddings, rotated queries and keys, a bias
 on scores, or not at all.
 
-- `"sinusoidal"`, `"sinusoidal_halves"`: fixed vectors, with sines and cosines in turns, or all
+- `"sinusoidal"`, `"sinusoidal_halves"`: fixed vectors, with alternating sines and cosines, or all
     sines first.
 - `"learned"`: learned vectors.
-- `"rope"`: queries and keys are turned.
+- `"rope"`: queries and keys are rotated.
 - `"alibi"`: a fixed bias, linear in the distance.
 - `"relative"`: a learned bias for buckets of distances, the same in all layers, as in T5.
 """
 
 
 class BlockKind(NamedTuple):
-    """What sets a layer apart from the others of a stack."""
+    """The ways in which layers of a stack may differ."""
 
     sliding: bool
     norm_first: bool
@@ -40,8 +40,8 @@ class BlockKind(NamedTuple):
 class TransformerConfig(AbstractConfig):
     """The numbers that make a `TransformerEncoder`, `TransformerDecoder` or `EncoderDecoder`.
 
-    The defaults make the transformer of Vaswani et al. (2017), with norms before each branch. BERT
-    and its kin, T5, BART and Marian are this with other numbers.
+    The defaults give the transformer of Vaswani et al. (2017), with norms before each branch. BERT
+    and its kin, T5, BART and Marian are the same with other settings.
 
     Sizes:
 
@@ -54,30 +54,30 @@ class TransformerConfig(AbstractConfig):
     - `num_kv_heads`: how many key and value heads; `None` for as many as query heads.
     - `head_dim`: size of a head; `None` for `d_model / num_heads`.
     - `d_ff`: size inside the MLPs.
-    - `num_decoder_layers`, `num_decoder_heads`, `decoder_d_ff`: those numbers of the decoder of an
-        encoder-decoder; `None` for the same.
+    - `num_decoder_layers`, `num_decoder_heads`, `decoder_d_ff`: the same for the decoder of an
+        encoder-decoder; `None` for the encoder's.
     - `max_len`: the longest sequence.
-    - `cache_max_len`: how many positions a cache has if nothing else is said; `None` for `max_len`.
+    - `cache_max_len`: how many positions a cache has by default; `None` for `max_len`.
 
     Embeddings and output:
 
-    - `pad_token_id`: the token that is padding, to which nobody attends; `None` if there is none,
-        or if masks say what is.
+    - `pad_token_id`: the token that is padding, which is not attended to; `None` if there is none,
+        or if masks are used instead.
     - `num_token_types`: how many types of tokens an encoder tells apart, such as first and second
         sentence.
-    - `scale_embeddings`: whether embeddings are multiplied with the square root of their size.
+    - `scale_embeddings`: whether embeddings are multiplied by the square root of their size.
     - `embedding_norm`: whether there is a norm after the sum of embeddings and positions.
     - `tie_embeddings`: whether the output head is the embedding.
     - `head_bias`: whether logits have a bias.
-    - `scale_output`: whether what enters the head is multiplied with `1 / sqrt(d_model)`.
-    - `pooler`: whether an encoder has a map that makes one vector of the first position, as BERT's.
+    - `scale_output`: whether the input of the head is multiplied by `1 / sqrt(d_model)`.
+    - `pooler`: whether an encoder has a map from the first position to one vector, as in BERT.
 
     Positions:
 
     - `positions`: how the model knows where tokens are.
-    - `position_offset`: the row of the table of `"learned"` positions at which position 0 is.
-    - `uncounted_token_id`: a token that takes no position of an encoder, and is at the one before
-        the first, as RoBERTa's padding; `None` if all take one.
+    - `position_offset`: the row of position 0 in the table of `"learned"` positions.
+    - `uncounted_token_id`: a token that an encoder does not count, and puts at the position before
+        the first, like RoBERTa's padding; `None` if all are counted.
     - `rope_theta`: base of the wavelengths of `"rope"`.
     - `rope_local_theta`: the same in layers of type `"sliding"`; `None` for `rope_theta`.
     - `relative_buckets`, `relative_max_distance`: those of `"relative"`; see `RelativeBias`.
@@ -85,23 +85,22 @@ class TransformerConfig(AbstractConfig):
     Blocks:
 
     - `layout`: where the norms are.
-    - `norm`: what they are.
-    - `norm_eps`: added to the variance or mean square; without meaning for `"dynamic_tanh"`.
+    - `norm`: which kind they are.
+    - `norm_eps`: added to the variance or mean square; ignored for `"dynamic_tanh"`.
     - `first_norm`: whether the first block begins with a norm, in layouts where the others do.
     - `final_norm`: whether there is a norm after the last block.
     - `activation`: the nonlinearity of the MLPs.
     - `use_bias`: whether projections, and norms of kind `"layer"`, have biases.
-    - `k_bias`: whether those of keys have, which it makes no difference to; `None` for `use_bias`.
+    - `k_bias`: whether those of keys have, which makes no difference; `None` for `use_bias`.
     - `layer_scale`: initial factor of the learned scale of each branch; `None` for no scale.
 
     Attention:
 
     - `attention`: `"softmax"`, or `"linear"` for `linear_attention` within each sequence, whose
         weights are not dropped. Attention to a source is always a softmax.
-    - `window`: how many positions self-attention sees: in a decoder the own one and `window - 1`
-        before it, in an encoder as many after it besides. `None` for all. Attention to a source has
-        no window.
-    - `layer_types`: which layers have the window, one word for all of them or a pattern that
+    - `window`: how many positions self-attention sees: a position itself and `window - 1` before
+        it, in an encoder as many after it too. `None` for all. Attention to a source has no window.
+    - `layer_types`: which layers have the window: one word for all of them or a pattern that
         repeats; `None` for all.
     - `query_scale`: factor on scores; `None` for `1 / sqrt(head_dim)`.
     - `qk_norm`: whether queries and keys are normalised, each head by an `RMSNorm`.
@@ -109,10 +108,10 @@ class TransformerConfig(AbstractConfig):
 
     Mixtures of experts:
 
-    - `num_experts`: how many experts a mixture in the place of each MLP has; `None` for MLPs.
+    - `num_experts`: how many experts are in the mixture that replaces each MLP; `None` for MLPs.
     - `experts_per_token`: how many of them are computed for a token.
     - `expert_capacity_factor`: room for tokens in every expert, relative to an even distribution;
-        `None` for as much as it takes.
+        `None` for no limit.
 
     Training, and how it is computed:
 
@@ -234,14 +233,15 @@ class TransformerConfig(AbstractConfig):
             if self.num_kv_heads is not None and heads % self.num_kv_heads:
                 raise ValueError(
                     f"TransformerConfig: {name}={heads} is not a multiple of num_kv_heads="
-                    f"{self.num_kv_heads}; every key head must serve as many query heads."
+                    f"{self.num_kv_heads}; every key head must serve the same number of query "
+                    "heads."
                 )
 
     def _check_positions(self) -> None:
         head_dim = self.d_model // self.num_heads if self.head_dim is None else self.head_dim
         if self.positions == "rope" and head_dim % 2:
             raise ValueError(
-                f"TransformerConfig: positions='rope' turns pairs of features, so head_dim="
+                f"TransformerConfig: positions='rope' rotates pairs of features, so head_dim="
                 f"{head_dim} must be even."
             )
         if self.positions in ("sinusoidal", "sinusoidal_halves") and self.embedding_dim % 2:
@@ -254,7 +254,7 @@ class TransformerConfig(AbstractConfig):
         if self.position_offset and self.positions != "learned":
             raise ValueError(
                 f"TransformerConfig: position_offset={self.position_offset} is a row of the table "
-                f"of positions='learned', which positions={self.positions!r} does not have."
+                f"of positions='learned', but positions={self.positions!r} has none; leave it out."
             )
         if self.uncounted_token_id is not None and not self.position_offset:
             raise ValueError(
@@ -326,7 +326,7 @@ class TransformerConfig(AbstractConfig):
         return (self.layer_types,)
 
     def block_kinds(self, num_layers: int) -> list[BlockKind]:
-        """What kind of block each of so many layers is."""
+        """The kind of block of each of `num_layers` layers."""
         types = self._layer_types()
         return [
             BlockKind(types[i % len(types)] == "sliding", self.first_norm or i > 0)

@@ -1,4 +1,4 @@
-"""What models are made of, as a `TransformerConfig` says."""
+"""The parts of models that a `TransformerConfig` describes."""
 
 import functools
 from collections.abc import Callable
@@ -34,12 +34,12 @@ from ._transformer_config import BlockKind, TransformerConfig
 from ._vocabulary import ACTIVATIONS, GATED, REMAT, attention_fn_of, norm_of
 
 AnyStack = Stack | StackSequence | BiasedStack
-"""What models are built with. Functions take anything that maps a sequence in the same way, such as
-what `unstacked` makes of one."""
+"""The stacks that models are built with. Functions take anything with the same interface, such as
+the result of `unstacked`."""
 
 
 def check_no_encoder_fields(owner: str, config: TransformerConfig) -> None:
-    """Refuses what only an encoder makes use of, in a model that has none or more than one."""
+    """Raises an error for fields that only a `TransformerEncoder` uses."""
     for name in ("num_token_types", "uncounted_token_id", "pooler"):
         value = getattr(config, name)
         if value is not None and value is not False:
@@ -50,14 +50,14 @@ def check_no_encoder_fields(owner: str, config: TransformerConfig) -> None:
 
 
 def make_norm(config: TransformerConfig, size: int) -> Any:
-    """The norm a configuration names."""
+    """The norm of a configuration."""
     return norm_of(config.norm, size, eps=config.norm_eps, use_bias=config.use_bias)
 
 
 def make_positions(
     config: TransformerConfig, *, key: PRNGKeyArray
 ) -> SinusoidalPositions | LearnedPositions | None:
-    """What is added to embeddings; `None` if positions are known in another way."""
+    """The position vectors added to embeddings; `None` if there are none."""
     if config.positions in ("sinusoidal", "sinusoidal_halves"):
         return SinusoidalPositions(
             config.embedding_dim, halves=config.positions == "sinusoidal_halves"
@@ -200,7 +200,7 @@ def _make_mlp(config: TransformerConfig, d_ff: int, *, key: PRNGKeyArray) -> Cal
         config.num_experts,
         make_expert,
         top_k=config.experts_per_token,
-        # With one expert a token, weights that sum to one would be constant.
+        # With one expert per token, weights that sum to one would be constant.
         renormalize=config.experts_per_token > 1,
         capacity_factor=config.expert_capacity_factor,
         key=key,

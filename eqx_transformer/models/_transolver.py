@@ -34,8 +34,8 @@ class TransolverConfig(AbstractConfig):
 
     Arguments:
 
-    - `num_features`: how many numbers are known at a point, its coordinates among them.
-    - `out_features`: how many are wanted.
+    - `num_features`: how many features a point has, its coordinates included.
+    - `out_features`: how many numbers to predict at a point.
     - `d_model`: size of the vectors between layers.
     - `num_layers`: how many blocks.
     - `num_heads`: how many heads.
@@ -89,8 +89,8 @@ class TransolverConfig(AbstractConfig):
 class Transolver(eqx.Module):
     """A transformer of points, whose attention is through slices: linear in the number of points.
 
-    The order of points means nothing. (Wu et al., Transolver: A Fast Transformer Solver for PDEs on
-    General Geometries, 2024; Luo et al., Transolver++, 2025.)
+    The order of points does not matter. (Wu et al., Transolver: A Fast Transformer Solver for PDEs
+    on General Geometries, 2024; Luo et al., Transolver++, 2025.)
     """
 
     config: TransolverConfig = eqx.field(static=True)
@@ -143,7 +143,7 @@ class Transolver(eqx.Module):
 
         Arguments:
 
-        - `features`: what is known there: coordinates, and whatever else.
+        - `features`: of the points: coordinates, and whatever else is known.
         - `conditions`: the numbers that modulate the blocks, if the model is built for any.
         - `mask`: `Padding(valid)` where some points are padding; the output there is meaningless.
         - `key`: for dropout and Gumbel noise; needed if there is any, unless switched off by

@@ -43,14 +43,14 @@ class UPTConfig(AbstractConfig):
     Arguments:
 
     - `num_dims`: how many coordinates a point has.
-    - `out_features`: how many numbers are wanted at a point.
-    - `num_features`: how many are known at an input point besides its coordinates; may be 0.
+    - `out_features`: how many numbers to predict at a point.
+    - `num_features`: how many features an input point has besides its coordinates; may be 0.
     - `d_model`: size of the vectors between layers.
     - `num_layers`, `num_decoder_layers`: how many blocks the supernodes go through, and how many
         the queries.
     - `num_heads`: how many heads.
     - `d_ff`: size inside the MLPs; `None` for `4 * d_model`.
-    - `num_neighbours`, `radius`: which points a supernode gathers; see `SupernodePooling`.
+    - `num_neighbours`, `radius`: which points a supernode pools; see `SupernodePooling`.
     - `wavelength_base`: of the vectors of coordinates; see `SinusoidalCoordinates`. Their shortest
         wavelength is `2 pi`, so scale coordinates to some hundreds.
     - `num_conditions`: how many numbers modulate the blocks of supernodes (adaLN-Zero); may be 0.
@@ -100,9 +100,9 @@ class UPTConfig(AbstractConfig):
 class UPT(eqx.Module):
     """A universal physics transformer: from a field at some points to one at any others.
 
-    Points are pooled into supernodes, these go through a transformer, and what they become is read
-    at places of choice, each on its own: `decode` in as many chunks as one likes. The order of
-    points and of supernodes means nothing. (Alkin et al., Universal Physics Transformers, 2024.)
+    Points are pooled into supernodes, these go through a transformer, and query points read from
+    the result, each on its own: `decode` in any number of chunks. The order of points and of
+    supernodes does not matter. (Alkin et al., Universal Physics Transformers, 2024.)
     """
 
     config: UPTConfig = eqx.field(static=True)
@@ -198,11 +198,11 @@ class UPT(eqx.Module):
         mask: AbstractMask | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Source:
-        """What is known of the input: a vector for every supernode.
+        """The encoded input: a vector for every supernode.
 
         Arguments:
 
-        - `coordinates`, `features`: where the points are, and what is known there besides.
+        - `coordinates`, `features`: where the points are, and their features.
         - `supernodes`: which of them are supernodes.
         - `conditions`: the numbers that modulate the blocks, if the model is built for any.
         - `mask`: `Padding(valid)` where some points are padding; supernodes may be among them.
@@ -223,7 +223,7 @@ class UPT(eqx.Module):
         *,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "queries out_features"]:
-        """The output at places of choice, which have nothing to do with each other."""
+        """The output at query points, each of which is independent of the others."""
         dtype = jnp.result_type(source.memory)
         x = self.query_proj(self.embedding(queries, dtype))
         return self.head(self.head_norm(self.decoder(x, context=source, key=key)))

@@ -41,9 +41,9 @@ from ._vocabulary import ACTIVATIONS, GATED, REMAT, attention_fn_of, norm_of
 
 
 class ImageTokens(eqx.Module):
-    """What a `VisionTransformer` makes of an image: one vector for every token.
+    """The encoding of an image by a `VisionTransformer`: one vector for every token.
 
-    - `prefix`: those of the tokens that are no patches: class token, distillation token, registers.
+    - `prefix`: those of tokens that are not patches: class token, distillation token, registers.
     - `patches`: those of the patches, row by row.
     - `kept`: which patches these are, where some were dropped; `None` for all.
     """
@@ -54,12 +54,12 @@ class ImageTokens(eqx.Module):
 
     @property
     def all(self) -> Float[Array, "seq d_model"]:
-        """The tokens in the order in which the model has them: those before the patches first."""
+        """All tokens in the order of the model: the prefix, then the patches."""
         return jnp.concatenate([self.prefix, self.patches])
 
 
 class _Input(eqx.Module):
-    """What enters the first block, the blocks, and what all of them are told."""
+    """The input of the first block, the blocks, and the options that all of them are given."""
 
     x: Float[Array, "seq d_model"]
     kept: Int[Array, " patches"] | None
@@ -198,9 +198,9 @@ class VisionTransformer(eqx.Module):
         Arguments:
 
         - `image`: channels first.
-        - `keep`: how many patches to keep, chosen at random, or which ones, by their number row by
-            row; all if not given. What is dropped is not computed (He et al., Masked Autoencoders
-            Are Scalable Vision Learners, 2022).
+        - `keep`: how many patches to keep, chosen at random, or the indices of those to keep, row
+            by row; all if not given. Dropped patches are not computed (He et al., Masked
+            Autoencoders Are Scalable Vision Learners, 2022).
         - `key`: for the choice, and for dropout.
 
         Raises:
@@ -233,9 +233,9 @@ class VisionTransformer(eqx.Module):
     def hidden_states(
         self, image: Float[Array, "channels height width"]
     ) -> Float[Array, "states seq d_model"]:
-        """What enters the first block, and what leaves each, without the final norm.
+        """The input of the first block, and the output of each, without the final norm.
 
-        `model.norm` can be applied to it as it is. Dropout must be switched off.
+        `model.norm` can be applied to the result directly. Dropout must be switched off.
         """
         start = self._embed(image, None, None, None)
         return hidden_states(start.stack, start.x, **start.options)
@@ -246,7 +246,7 @@ class VisionTransformer(eqx.Module):
     ) -> Float[Array, "layers heads seq seq"]:
         """How much every token attends to every other, in all layers and heads.
 
-        Tokens that are no patches come first. Dropout must be switched off.
+        Tokens that are not patches come first. Dropout must be switched off.
         """
         start = self._embed(image, None, None, None)
         return attention_maps(start.stack, start.x, **start.options)
@@ -271,7 +271,7 @@ class VisionTransformer(eqx.Module):
             patches = patches + positions[len(tokens) :]
         elif config.positions == "sinusoidal":
             patches = patches + sinusoidal_grid(grid, config.d_model, patches)
-        # Registers are at no place in the image.
+        # Registers have no position in the image.
         if self.registers is not None:
             prefix = jnp.concatenate([prefix, self.registers.astype(prefix.dtype)])
         coordinates = None
@@ -287,7 +287,7 @@ class VisionTransformer(eqx.Module):
             positions = jnp.concatenate([before, config.num_prefix + kept.astype(jnp.int32)])
         context = None
         if coordinates is not None:
-            # At the origin nothing is turned: tokens that are no patches have no place.
+            # Tokens that are not patches have no position: at the origin nothing is rotated.
             nowhere = ((config.num_prefix, 0), (0, 0))
             context = Condition(coordinates=jnp.pad(coordinates, nowhere))
         mask: AbstractMask | None = None

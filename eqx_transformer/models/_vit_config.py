@@ -39,27 +39,27 @@ class ViTConfig(AbstractConfig):
     - `class_token`: whether the sequence begins with a learned token that stands for the image.
     - `distillation_token`: whether there is a second one, with a head of its own (DeiT: Touvron et
         al., 2021). The scores are then the mean of those of the two heads.
-    - `num_registers`: how many learned tokens come after these, which nothing is read from
+    - `num_registers`: how many learned tokens come after these, whose outputs are not used
         (Darcet et al., Vision Transformers Need Registers, 2024).
-    - `pooling`: what stands for the image: the class token (`"first"`), the mean of the patches, or
-        what a learned query finds in the patches (`"attention"`).
+    - `pooling`: the vector that represents the image: the class token (`"first"`), the mean of the
+        patches, or attention to the patches from a learned query (`"attention"`).
     - `positions`: how the model knows where patches are. `"learned"`: by a vector for each, which
         is interpolated for images of another size. `"sinusoidal"`: by a fixed vector. `"rope"`: by
-        turned queries and keys. `"none"`: not at all.
+        rotated queries and keys. `"none"`: not at all.
     - `interpolation`: how learned vectors are interpolated; see `bicubic_matrix`.
     - `rope_theta`: ratio of the wavelengths of `positions="rope"`.
-    - `relative_bias`: whether attention scores have a learned bias for each difference of rows and
+    - `relative_bias`: whether attention scores have a learned bias for each offset in rows and
         columns (BEiT: Bao et al., 2022), which is interpolated for images of another size.
-    - `share_relative_bias`: whether all blocks have one such bias together.
+    - `share_relative_bias`: whether all blocks share one such bias.
     - `window`: how many rows and columns in each direction a patch sees, its own included; `None`
-        for all. Tokens that are no patches see all, and are seen.
+        for all. Tokens that are not patches see all, and are seen by all.
     - `dropout_rate`: the probability with which an element of an embedding or of a residual branch,
         or an attention weight, is dropped.
     - `drop_path_rate`: the probability with which the last block's branches are dropped; that of
         the others grows linearly from 0.
     - `layout`: where the norms are.
-    - `norm`: what they are.
-    - `norm_eps`: added to the variance or mean square; without meaning for `"dynamic_tanh"`.
+    - `norm`: which kind they are.
+    - `norm_eps`: added to the variance or mean square; ignored for `"dynamic_tanh"`.
     - `embedding_norm`: whether there is a norm before the first block (CLIP).
     - `final_norm`: of every token after the last block, of the pooled vector alone (BEiT), or none.
     - `pooler`: whether the pooled vector goes through a linear map and `tanh`.
@@ -129,7 +129,7 @@ class ViTConfig(AbstractConfig):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """How many patches an image is high and wide."""
+        """The height and the width of an image, in patches."""
         (height, width), (rows, columns) = self.image_shape, self.patch_shape
         return height // rows, width // columns
 
@@ -166,7 +166,7 @@ class ViTConfig(AbstractConfig):
             )
         if self.positions == "rope" and (head_dim % 2 or head_dim < 4):
             raise ValueError(
-                f"ViTConfig: positions='rope' turns pairs of features by rows and by columns, so "
+                f"ViTConfig: positions='rope' rotates pairs of features by rows and by columns, so "
                 f"head_dim={head_dim} must be even and at least 4."
             )
         if self.pooling == "first" and not self.class_token:
@@ -185,6 +185,6 @@ class ViTConfig(AbstractConfig):
             )
         if self.distillation_token and self.pooler and self.num_classes is not None:
             raise ValueError(
-                "ViTConfig: distillation_token=True reads the heads from the tokens; leave out "
-                "pooler=True."
+                "ViTConfig: distillation_token=True applies the heads to the tokens themselves; "
+                "leave out pooler=True."
             )

@@ -59,7 +59,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 REMAT = {
     "none": None,
     "full": True,
-    # Attention's products have a batch, and its result is small next to what they take.
+    # The products in attention have batch axes; its result is small compared with their inputs.
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names("attention"),
@@ -70,7 +70,7 @@ REMAT = {
 def norm_of(
     norm: Literal["layer", "rms", "dynamic_tanh"], size: int, *, eps: float, use_bias: bool = True
 ) -> Any:
-    """The norm that a word names."""
+    """The norm of this name."""
     if norm == "layer":
         return LayerNorm(size, eps=eps, use_bias=use_bias)
     return RMSNorm(size, eps=eps) if norm == "rms" else DynamicTanh(size)

@@ -55,7 +55,7 @@ class WhisperConfig(AbstractConfig):
 
     @property
     def max_len(self) -> int:
-        """How many tokens the decoder has at most."""
+        """The longest sequence of the decoder."""
         return self.transformer.max_len
 
 
@@ -128,8 +128,8 @@ class Whisper(eqx.Module):
 
         - `features`: the log-mel spectrogram.
         - `target`: tokens the decoder reads.
-        - `mask`: who may attend to whom within the target, besides being causal and not attending
-            to padding.
+        - `mask`: who may attend to whom within the target, combined by `&` with causality and
+            padding.
         - `key`: for dropout; needed if there is any, unless switched off by
             `eqx.nn.inference_mode`.
 
@@ -147,7 +147,7 @@ class Whisper(eqx.Module):
     def encode(
         self, features: Float[Array, "mels frames"], *, key: PRNGKeyArray | None = None
     ) -> Source:
-        """What the encoder makes of the sound; `key` is for dropout."""
+        """The encoded sound; `key` is for dropout."""
         expected = (self.config.num_mel_bins, 2 * self.config.max_source_len)
         if features.shape != expected:
             raise ValueError(
@@ -198,7 +198,7 @@ class Whisper(eqx.Module):
 
     @property
     def _target(self) -> tuple[TokenEmbedding, Any, Any]:
-        """What a target goes through."""
+        """The layers that a target goes through."""
         return self.embedding, self.decoder, self.decoder_norm
 
     def _logits(self, x: Array) -> Array:

@@ -5,7 +5,7 @@ Every one is a constant to build from, as it is or with changes:
     config = presets.QWEN_3_8B.replace(max_len=4096, dtype="bfloat16")
 
 A family is a configuration that says how it differs from Llama; its members add their sizes, in the
-order of `_sized`. Numbers of parameters are tested against those of the published weights.
+order of `_sized`. Parameter counts are tested against those of the published weights.
 """
 
 import math

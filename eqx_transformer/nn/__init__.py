@@ -1,6 +1,6 @@
 """Layers: parameters and the forward pass of one example, `[seq, d_model]`.
 
-A batch is `jax.vmap`'s business.
+For a batch, use `jax.vmap`.
 """
 
 from ._attention import AbstractAttention as AbstractAttention

@@ -7,9 +7,9 @@ def along_last(
 ) -> Array:
     """`parameter` in the dtype and with as many axes as `x`, to add to it or multiply it with.
 
-    Axes of length one, and not `x.shape`: then the gradient is one sum over positions and examples
-    together. With examples on several devices, sums over them come first otherwise, and devices
-    exchange all positions instead of one vector.
+    The added axes have length one, not the lengths of `x`: then the gradient is one sum over
+    positions and examples together. Otherwise, with examples on several devices, sums over examples
+    come first, and devices exchange all positions instead of one vector.
     """
     if parameter.shape != x.shape[-1:]:
         if parameter.ndim > 1:

@@ -19,13 +19,13 @@ from ._rope import RoPE
 
 Norm = Callable[[Array], Array]
 
-# Slots of a cache that hold nothing are at position -1. A mask without arrays says so: masks with
-# arrays make attention rewrite keys and values, here the whole cache at every token.
+# Empty slots of a cache are at position -1. This mask excludes them without holding an array: masks
+# with arrays make attention rewrite keys and values, here the whole cache at every token.
 WRITTEN = ~Prefix(0)
 
 
 class AbstractAttention(eqx.Module):
-    """What a block asks of a self-attention layer."""
+    """What a block requires of a self-attention layer."""
 
     @abc.abstractmethod
     def __call__(
@@ -41,7 +41,7 @@ class AbstractAttention(eqx.Module):
         Arguments:
 
         - `x`: the sequence.
-        - `mask`: who may attend to whom, besides what the layer itself forbids.
+        - `mask`: who may attend to whom, combined by `&` with the layer's own mask.
         - `positions`: absolute positions; `0, 1, 2, ...` if not given.
         - `key`: for dropout.
         """
@@ -89,8 +89,8 @@ class Attention(AbstractAttention):
     2017; grouped queries: Ainslie et al., 2023; normalised queries and keys: Henry et al., 2020;
     gates: Qiu et al., Gated Attention for Large Language Models, 2025; sinks: Xiao et al., 2024.)
 
-    A `rope` whose angles depend on the length of the sequence (see `RoPE`) turns the cached keys
-    when they are read, all of them by the angles of the length so far.
+    With a `rope` whose angles depend on the length of the sequence (see `RoPE`), cached keys are
+    rotated when they are read, all of them by the angles for the length so far.
     """
 
     q_proj: AbstractLinear
@@ -145,23 +145,23 @@ class Attention(AbstractAttention):
         - `num_kv_heads`: how many key and value heads, each shared by `num_heads / num_kv_heads`
             query heads; `num_heads` if not given.
         - `head_dim`: size of a head; `d_model / num_heads` if not given.
-        - `rope`: rotary positions for queries and keys; an `AxialRoPE` for places in space, which
-            every call must then be given as `coordinates`.
-        - `qk_norm`: whether to normalise queries and keys, by an `RMSNorm` or by what
-            `qk_norm(size)` makes.
+        - `rope`: rotary positions for queries and keys; an `AxialRoPE` for coordinates in space,
+            which every call must then be given as `coordinates`.
+        - `qk_norm`: whether to normalise queries and keys, by an `RMSNorm` or by the layer that
+            `qk_norm(size)` returns.
         - `qk_norm_over`: whether each head is normalised on its own, with one weight for all, or
             the whole projection before it is split into heads (OLMo 2, 2025).
         - `norm_eps`: the `eps` of these norms, where they are `RMSNorm`s.
         - `mask`, `score_mod`: what the architecture imposes; see `dot_product_attention`.
         - `scale`: factor on the scores; `1 / sqrt(head_dim)` if not given.
-        - `gate`: a sigmoid gate, computed from the input: on what attention returns, feature by
-            feature, or on the values.
+        - `gate`: an elementwise sigmoid gate, computed from the input: on the output of attention
+            or on the values.
         - `sinks`: whether every head has a learned score, initially zero, that takes part in the
             softmax but has no value; see `dot_product_attention`.
-        - `clip`: queries, keys and values are clipped to `[-clip, clip]` as they are projected.
+        - `clip`: queries, keys and values are clipped to `[-clip, clip]` after projection.
         - `use_bias`: whether the projections have biases.
         - `qkv_bias`: whether those of queries, keys and values have; `use_bias` if not given.
-        - `k_bias`: whether that of keys has; as that of queries if not given.
+        - `k_bias`: whether that of keys has one; like that of queries if not given.
         - `dropout_rate`: the probability with which an attention weight is dropped.
         - `attention_fn`: `dot_product_attention`, or a function with its signature. Choose how it
             is computed with `eqx.Partial(dot_product_attention, implementation="chunked")`.
@@ -232,10 +232,10 @@ class Attention(AbstractAttention):
         Arguments:
 
         - `x`: the sequence.
-        - `mask`: who may attend to whom, besides what the layer itself forbids.
+        - `mask`: who may attend to whom, combined by `&` with the layer's own mask.
         - `positions`: absolute positions, for `rope`, masks and score mods; `0, 1, 2, ...` if not
-            given. Leave them out where that is what they are.
-        - `coordinates`: where they are in space, for an `AxialRoPE`.
+            given. Leave them out where the default is right.
+        - `coordinates`: where the tokens are in space, for an `AxialRoPE`.
         - `key`: for dropout; needed if there is any, unless `inference` is set.
         """
         q, k, v = self._project(x)
@@ -249,7 +249,7 @@ class Attention(AbstractAttention):
     def init_cache(self, max_len: int, dtype: DTypeLike | None = None) -> KVCache | RingCache:
         """An empty cache for `max_len` positions, stored in `dtype` or that of the weights.
 
-        If `mask` is a window that is smaller than that, the cache holds the window only. A `dtype`
+        If `mask` is a window smaller than that, the cache holds only the window. A `dtype`
         of int8 takes the least memory; see `Int8Vectors`.
         """
         dtype = self.k_proj.weight.dtype if dtype is None else dtype
@@ -307,7 +307,7 @@ class Attention(AbstractAttention):
         return self._attend(x, q, k, v, *where, attention_fn=attention_fn), cache
 
     def _project(self, x: Float[Array, "seq d_model"]) -> tuple[Array, Array, Array]:
-        """Queries, keys and values, not yet turned to their positions."""
+        """Queries, keys and values, not yet rotated to their positions."""
         q, k, v = (p(x) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.clip is not None:
             q, k, v = (jnp.clip(y, -self.clip, self.clip) for y in (q, k, v))
@@ -323,7 +323,7 @@ class Attention(AbstractAttention):
     def _place(
         self, q: Array, k: Array, coordinates: Float[Array, "seq dims"] | None
     ) -> tuple[Array, Array]:
-        """Turns queries and keys to their places in space, where there is an `AxialRoPE`."""
+        """Rotates queries and keys to their coordinates in space, if there is an `AxialRoPE`."""
         if (coordinates is not None) != isinstance(self.rope, AxialRoPE):
             raise ValueError(
                 "Attention: there are coordinates, but no AxialRoPE to make use of them; leave "
@@ -357,7 +357,7 @@ class Attention(AbstractAttention):
             )
         if self.mask is not None:
             mask = self.mask if mask is None else self.mask & mask
-        # Not every attention function knows of sinks.
+        # Not every attention function accepts sinks.
         sinks = {} if self.sinks is None else {"sinks": self.sinks}
         out = (self.attention_fn if attention_fn is None else attention_fn)(
             q,
@@ -391,7 +391,8 @@ def head_sizes(
             raise ValueError(f"{owner}: {name}={size} must be at least 1.")
     if num_heads % num_kv_heads:
         raise ValueError(
-            f"{owner}: num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}."
+            f"{owner}: num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}; "
+            "every key head must serve the same number of query heads."
         )
     if head_dim is None:
         if d_model % num_heads:

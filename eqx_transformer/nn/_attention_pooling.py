@@ -11,7 +11,7 @@ from ._cross_attention import CrossAttention
 
 
 class AttentionPooling(eqx.Module):
-    """One vector for a sequence: what a learned query finds in it.
+    """Pools a sequence into one vector, by attention from a learned query.
 
         h = attention(query, x)
         y = h + mlp(norm(h))

@@ -1,4 +1,4 @@
-"""Rotary position embedding for places in space."""
+"""Rotary position embedding for coordinates in space."""
 
 import math
 
@@ -14,25 +14,24 @@ from ._coordinates import check_dims
 class AxialRoPE(eqx.Module):
     """Rotary position embedding with several, real-valued coordinates.
 
-    The `head_dim / 2` pairs of features are shared out evenly. Pair `k` of the `n` that belong to
-    a coordinate `c` is turned by the angle
+    The `head_dim / 2` pairs of features are divided evenly among the coordinates. Pair `k` of the
+    `n` that belong to a coordinate `c` is rotated by the angle
 
         scale * c * theta ** (-k / n)
 
-    and pairs left over are not turned. Feature `i` is paired with feature `i + head_dim / 2`. A
-    position at the origin is not turned at all. With the defaults and coordinates from
+    and left-over pairs are not rotated. Feature `i` is paired with feature `i + head_dim / 2`. A
+    token at the origin is not rotated at all. With the defaults and coordinates from
     `grid_coordinates` this is what DINOv3 does. (Su et al., 2021; axial: Heo et al., Rotary
     Position Embedding for Vision Transformer, 2024, section 3.2.)
 
-    It holds numbers only: nothing here is a parameter. It can be differentiated with respect to
-    the coordinates.
+    It has no parameters. It is differentiable with respect to the coordinates.
 
     Arguments:
 
-    - `num_dims`: how many coordinates a position has.
-    - `theta`: the ratio of the longest wavelength, nearly, to the shortest.
-    - `scale`: by what angle the fastest pair is turned from 0 to 1. The shortest wavelength is
-        `2 pi / scale`.
+    - `num_dims`: how many coordinates a token has.
+    - `theta`: the ratio of the longest wavelength to the shortest, nearly.
+    - `scale`: the angle by which the fastest pair is rotated from coordinate 0 to 1. The shortest
+        wavelength is `2 pi / scale`.
 
     Raises:
 
@@ -57,14 +56,14 @@ class AxialRoPE(eqx.Module):
 
         Raises:
 
-        - `ValueError` if there are other than `num_dims` coordinates, or too few features for them.
+        - `ValueError` if there are not `num_dims` coordinates, or too few features for them.
         """
         check_dims("AxialRoPE", self.num_dims, coordinates)
         half = x.shape[-1] // 2
         count = half // self.num_dims
         if count < 1 or x.shape[-1] % 2:
             raise ValueError(
-                f"AxialRoPE: cannot turn head_dim={x.shape[-1]} features by {self.num_dims} "
+                f"AxialRoPE: cannot rotate head_dim={x.shape[-1]} features by {self.num_dims} "
                 f"coordinates; head_dim must be even and at least {2 * self.num_dims}."
             )
         dtype = accumulation_dtype(x.dtype)

@@ -20,12 +20,12 @@ from ._cache_storage import (
 
 
 class KVCache(eqx.Module):
-    """The keys and values of one attention layer, as a value.
+    """The keys and values of one attention layer, as an immutable value.
 
-    Slot `i` holds position `i`; the first `length` slots are filled. Heads come first, which is how
-    attention reads them: in the other order they would be transposed, that is copied, for every
-    token. A single head has no axis. Every method returns a new cache and leaves the old one valid,
-    so a search may fork it and a draft be rolled back.
+    Slot `i` holds position `i`; the first `length` slots are filled. Heads come first, the order in
+    which attention reads them: in the other order they would be transposed, that is, copied, for
+    every token. A single head has no axis. Every method returns a new cache and leaves the old one
+    valid, so that a search can fork it and a draft can be rolled back.
     """
 
     k: Float[Array, "*kv_heads max_len head_dim"] | Int8Vectors
@@ -50,11 +50,11 @@ class KVCache(eqx.Module):
         - `num_kv_heads`, `head_dim`: of the keys and values.
         - `dtype`: what they are stored in: a floating dtype, the default one if not given; or int8,
             see `Int8Vectors`.
-        - `v_dim`: size of the values, where it is not that of the keys.
+        - `v_dim`: size of the values; `head_dim` if not given.
 
         Raises:
 
-        - `ValueError` for a `max_len` below 1, or another dtype.
+        - `ValueError` for a `max_len` below 1, or an unsupported dtype.
         """
         if max_len < 1:
             raise ValueError(f"KVCache: max_len={max_len} must be at least 1.")
@@ -105,7 +105,7 @@ class KVCache(eqx.Module):
             f"KVCache: more positions than max_len={self.max_len}, or a length outside 0..{seq}; "
             "make the cache with a larger max_len.",
         )
-        # A slice that sticks out would be shifted back by XLA, over slots that are filled.
+        # XLA would shift a slice that ends beyond the array back, over slots that are filled.
         start = jnp.minimum(self.length, self.max_len - seq)
 
         def write(old: Any, new: Any) -> Any:
@@ -114,8 +114,9 @@ class KVCache(eqx.Module):
                 here[slots_axis(old)] = there[slots_axis(old)]
             if here != there:
                 raise ValueError(
-                    f"KVCache: {new.shape} cannot be appended to {old.shape}, heads and positions "
-                    "first; make the cache with init_cache of this model."
+                    f"KVCache: vectors of shape {new.shape} cannot be appended to slots of shape "
+                    f"{old.shape}, heads and positions first; make the cache with init_cache of "
+                    "this model."
                 )
             if length is not None:
                 axis, rows = slots_axis(old), jnp.arange(seq, dtype=jnp.int32)
@@ -135,7 +136,7 @@ class KVCache(eqx.Module):
         v: Float[Array, "seq kv_heads v_dim"],
         length: int | Int[Array, ""] | None = None,
     ) -> tuple["KVCache", Array, Array, Int[Array, " kv_seq"]]:
-        """The cache with the next positions, and what these may look at.
+        """The cache with the next positions, and the keys and values that these may attend to.
 
         Arguments and errors are those of `append`.
 
@@ -161,7 +162,7 @@ class KVCache(eqx.Module):
             jnp.any((new < 0) | (new > self.length)),
             "KVCache: truncate(length) needs a length from 0 to that of the cache.",
         )
-        # Not by the constructor, which would not have the arrays of a stack of layers.
+        # Not by the constructor, which does not accept the arrays of a stack of layers.
         return eqx.tree_at(lambda cache: cache.length, self, new)
 
 
@@ -174,12 +175,12 @@ def truncate(cache: Cache, length: int | Int[Array, ""]) -> Cache:
     Arguments:
 
     - `cache`: of one layer, of a stack of layers or of a model: any PyTree of caches that have a
-        method `truncate`. What else is in it, such as the memory of an encoder, stays.
+        method `truncate`. Anything else in it, such as the memory of an encoder, is kept.
     - `length`: how many positions to keep.
 
     Raises:
 
-    - `ValueError` for a cache that cannot: a state that sums over positions does not forget.
+    - `ValueError` for a cache that cannot be truncated, such as a sum over positions.
     - An error, at run time under `jax.jit`, if `length` is negative or more than there are.
     """
 

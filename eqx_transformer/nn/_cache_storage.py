@@ -17,8 +17,8 @@ class Int8Vectors(eqx.Module):
         values = round(x / scales)
         x      ~ scales * values
 
-    along the last axis, which for keys and values is that of one position and head. No number is
-    further off than `scales / 2 = max |x| / 254`.
+    along the last axis, which for keys and values is that of one position and head. The error of a
+    number is at most `scales / 2 = max |x| / 254`.
     """
 
     values: Int8[Array, "*axes size"]
@@ -36,11 +36,11 @@ class Int8Vectors(eqx.Module):
 
 
 Stored = Array | Int8Vectors
-"""What a cache holds: an array of vectors, or what stands for one."""
+"""What a cache holds: an array of vectors, or their form in eight bits."""
 
 
 def stored(x: Stored, dtype: DTypeLike) -> Stored:
-    """Vectors as a cache of this dtype keeps them.
+    """Vectors as a cache of this dtype stores them.
 
     Raises:
 
@@ -57,7 +57,7 @@ def stored(x: Stored, dtype: DTypeLike) -> Stored:
 
 
 def empty(max_len: int, num_heads: int, size: int, dtype: DTypeLike | None) -> Stored:
-    """Slots without anything in them."""
+    """Empty slots."""
     return heads_first(
         stored(
             jnp.zeros((max_len, num_heads, size)),
@@ -85,16 +85,16 @@ def _rounded(x: Array) -> tuple[Array, Array]:
 @_rounded.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     raise ValueError(
-        "cache: what is rounded to int8 has no derivative; differentiate through a cache with a "
-        "floating dtype."
+        "cache: rounding to int8 has no derivative; differentiate through a cache with a floating "
+        "dtype."
     )
 
 
 def heads_first(x: Stored) -> Stored:
     """`[seq, heads, size]` in the order in which attention reads it, `[heads, seq, size]`.
 
-    A single head has no axis. XLA would take out an axis of size one before a product, and fuse
-    this with the writing of new positions, which then is a copy of the cache and no longer in
+    A single head has no axis: XLA would remove an axis of size one before a product, and fuse this
+    with the write of new positions, which would then copy the cache instead of updating it in
     place.
     """
     return jax.tree.map(lambda x: x[:, 0] if x.shape[1] == 1 else jnp.swapaxes(x, 0, 1), x)
@@ -106,5 +106,5 @@ def heads_last(x: Float[Array, "*heads seq size"]) -> Float[Array, "seq num_head
 
 
 def slots_axis(x: Num[Array, "..."]) -> int:
-    """The axis of positions: the last but one of vectors, the only one of numbers."""
+    """The axis of positions: the second to last of vectors, the only one of numbers."""
     return max(x.ndim - 2, 0)

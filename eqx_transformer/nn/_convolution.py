@@ -12,7 +12,7 @@ class Convolution(eqx.Module):
 
         y[t] = bias + sum over i of weight[:, :, i] @ x[stride * t + i - (size - 1) / 2]
 
-    Arrays are as in PyTorch, except that features come last.
+    The weight is laid out as in PyTorch; sequences have features last.
     """
 
     weight: Float[Array, "out_features in_features size"]
@@ -44,7 +44,7 @@ class Convolution(eqx.Module):
         - `ValueError` if `size` is even, or another number less than one.
         """
         if size < 1 or size % 2 == 0:
-            raise ValueError(f"Convolution: size={size} must be odd, with as many on each side.")
+            raise ValueError(f"Convolution: size={size} must be odd, so that it can be centred.")
         sizes = {"in_features": in_features, "out_features": out_features, "stride": stride}
         for name, number in sizes.items():
             if number < 1:

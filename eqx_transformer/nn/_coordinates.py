@@ -1,4 +1,4 @@
-"""Places in space, and vectors that say them."""
+"""Coordinates in space, and vectors that encode them."""
 
 import math
 
@@ -35,19 +35,19 @@ def grid_coordinates(sizes: tuple[int, ...], dtype: DTypeLike | None = None) -> 
 
 
 class SinusoidalCoordinates(eqx.Module):
-    """The fixed vectors of places in space.
+    """Fixed sinusoidal vectors for coordinates in space.
 
-    Each coordinate has its share of the features, sines and then cosines of
+    Each coordinate has an equal share of the features, sines and then cosines of
 
         coordinate / theta ** (i / n)       for i = 0..n-1, where n = d_model // (2 * num_dims)
 
-    and what is left over is zero. With rows and columns counted 0, 1, 2, ... these are the
-    positions of MAE and DiT. It holds numbers only. (Vaswani et al., 2017, section 3.5, for each
-    coordinate; He et al., 2022.)
+    and left-over features are zero. With rows and columns counted 0, 1, 2, ... these are the
+    position vectors of MAE and DiT. There are no parameters. (Vaswani et al., 2017, section 3.5,
+    for each coordinate; He et al., 2022.)
 
     Arguments:
 
-    - `num_dims`: how many coordinates a place has.
+    - `num_dims`: how many coordinates a point has.
     - `d_model`: size of the vectors.
     - `theta`: base of the wavelengths.
 
@@ -77,7 +77,7 @@ class SinusoidalCoordinates(eqx.Module):
     def __call__(
         self, coordinates: Float[Array, "seq dims"], dtype: DTypeLike | None = None
     ) -> Float[Array, "seq d_model"]:
-        """The vectors of places, computed in float32 or wider and returned in `dtype`."""
+        """The vectors of `coordinates`, computed in float32 or wider and returned in `dtype`."""
         check_dims("SinusoidalCoordinates", self.num_dims, coordinates)
         dtype = coordinates.dtype if dtype is None else jnp.dtype(dtype)
         wide = accumulation_dtype(coordinates.dtype)
@@ -91,7 +91,7 @@ class SinusoidalCoordinates(eqx.Module):
 
 
 def check_dims(owner: str, num_dims: int, coordinates: Float[Array, "seq dims"]) -> None:
-    """Checks how many coordinates a place has."""
+    """Checks how many coordinates there are for each position."""
     if coordinates.shape[1] != num_dims:
         raise ValueError(
             f"{owner}: coordinates have shape {coordinates.shape}, so {coordinates.shape[1]} for "

@@ -13,7 +13,7 @@ from ._norm import RMSNorm
 
 
 class Memory(eqx.Module):
-    """Keys and values of a sequence that others attend to, projected once."""
+    """The projected keys and values of a sequence that others attend to."""
 
     k: Float[Array, "kv_seq kv_heads head_dim"] | Int8Vectors
     v: Float[Array, "kv_seq kv_heads head_dim"] | Int8Vectors
@@ -30,9 +30,9 @@ class CrossAttention(eqx.Module):
         k, v = k_norm(k_proj(memory)), v_proj(memory)           split into heads
         y = o_proj(attention(q, k, v))
 
-    Keys and values depend on the other sequence alone: `project` it once, and `attend` as often as
-    tokens are decoded. Positions of the two sequences have nothing to do with each other, so there
-    is no RoPE and no causal mask here. (Vaswani et al., 2017, section 3.2.3.)
+    Keys and values depend only on the other sequence: `project` it once, and `attend` for every
+    decoded token. Positions in the two sequences are unrelated, so there is no RoPE and no causal
+    mask here. (Vaswani et al., 2017, section 3.2.3.)
     """
 
     q_proj: AbstractLinear
@@ -111,12 +111,12 @@ class CrossAttention(eqx.Module):
         mask: AbstractMask | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "seq d_model"]:
-        """Attends from `x` to `memory`; `attend` to what `project` returns.
+        """Attends from `x` to `memory`. (`attend` takes what `project` returned instead.)
 
         Arguments:
 
-        - `x`: the sequence that asks.
-        - `memory`: the sequence that is asked.
+        - `x`: the sequence that attends.
+        - `memory`: the sequence that is attended to.
         - `mask`: who may attend to whom: `Padding(valid)` for a padded memory.
         - `key`: for dropout; needed if there is any, unless `inference` is set.
         """

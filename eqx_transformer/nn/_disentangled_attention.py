@@ -13,17 +13,18 @@ from ._linear import AbstractLinear, Linear
 
 
 class DisentangledAttention(AbstractAttention):
-    """Self-attention to content and to relative positions, which have vectors of their own.
+    """Self-attention to content and to relative positions, each with vectors of its own.
 
         score[i, j] = scale * (q[i] . k[j] + q[i] . pos_k[i - j] + k[j] . pos_q[i - j])
         pos_k, pos_q = pos_k_proj(relative), pos_q_proj(relative)
 
     One of the last two terms, or both, can be left out; `scale` is `1 / sqrt(terms * head_dim)`.
     There is a row of `relative` for every distance `-max_distance, ..., max_distance - 1`, or for
-    as many buckets: half of them hold exact distances, the rest grow logarithmically.
+    every bucket `-num_buckets, ..., num_buckets - 1`: half of them hold exact distances, the rest
+    grow logarithmically.
 
-    The vectors of distances are the same in all layers of a model, which puts them here. (He et
-    al., DeBERTa, 2021, equation 4; buckets: version 2 of its code.)
+    All layers of a model share `relative`, which the model puts here. (He et al., DeBERTa, 2021,
+    equation 4; buckets: version 2 of its code.)
     """
 
     q_proj: AbstractLinear
@@ -61,11 +62,11 @@ class DisentangledAttention(AbstractAttention):
 
         - `d_model`: size of the input, the output and the vectors of distances.
         - `num_heads`: how many heads.
-        - `max_distance`: from which distance on all are the same, or in the last bucket.
+        - `max_distance`: distances from here on are not told apart, or share the last bucket.
         - `num_buckets`: how many buckets there are on each side; one for each distance if not
             given.
         - `content_to_position`, `position_to_content`: which terms there are.
-        - `share_projections`: whether the vectors of distances are projected as the input is.
+        - `share_projections`: whether the vectors of distances share the projections of the input.
         - `dropout_rate`: the probability with which an attention weight is dropped.
         - `attention_fn`: `dot_product_attention`, or a function with its signature.
         - `dtype`: of the parameters; the default floating dtype if not given.
@@ -73,7 +74,7 @@ class DisentangledAttention(AbstractAttention):
 
         Raises:
 
-        - `ValueError` for sizes that do not divide each other, or no room for buckets.
+        - `ValueError` for sizes that do not divide each other, or a bad number of buckets.
         """
         _, self.head_dim = head_sizes("DisentangledAttention", d_model, num_heads, None, None)
         check_rate("DisentangledAttention", dropout_rate)
@@ -154,7 +155,7 @@ class DisentangledAttention(AbstractAttention):
         return self.o_proj(out.reshape(x.shape))
 
     def init_cache(self, max_len: int, dtype: DTypeLike | None = None) -> Any:
-        """There is none: scores depend on the vectors of keys yet to come."""
+        """There is none: scores depend on keys yet to come."""
         raise ValueError("DisentangledAttention has no cache; it is for encoders.")
 
     def extend(
@@ -173,7 +174,7 @@ class DisentangledAttention(AbstractAttention):
 
 
 class _DistanceScores(eqx.Module):
-    """Adds what queries, and keys, have to say about distances."""
+    """Adds the scores of queries, and of keys, against distances."""
 
     of_q: Float[Array, "heads q_seq distances"] | None
     of_k: Float[Array, "heads kv_seq distances"] | None
@@ -200,7 +201,7 @@ class _DistanceScores(eqx.Module):
             return distance
         exact = self.num_buckets // 2
         size = jnp.abs(distance)
-        # Logarithms of the same numbers, so that the last bucket ends where it should.
+        # Both logarithms in float32, so that they agree exactly where the last bucket ends.
         far = jnp.log(jnp.maximum(size, exact).astype(jnp.float32) / exact)
         far = far / jnp.log(jnp.asarray((self.max_distance - 1) / exact, jnp.float32))
         far = exact + jnp.ceil(far * (exact - 1)).astype(distance.dtype)

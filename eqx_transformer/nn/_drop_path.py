@@ -7,13 +7,14 @@ from .._precision import accumulation_dtype
 
 
 class DropPath(eqx.Module):
-    """Drops a residual branch of one example altogether, with some probability.
+    """Drops the whole residual branch of an example, with some probability.
 
-    What is kept is divided by the probability of being kept. Under `jax.vmap` every example has a
-    key, so each is decided on its own. (Huang et al., Deep Networks with Stochastic Depth, 2016.)
+    A branch that is kept is divided by the probability of keeping it. Under `jax.vmap` every
+    example has its own key, so branches are dropped independently. (Huang et al., Deep Networks
+    with Stochastic Depth, 2016.)
 
-    The rate is kept as an integer, a share of `2 ** 32`: it may differ from layer to layer of a
-    stack, like a parameter, but no optimiser trains an integer.
+    The rate is stored as an integer, a fraction of `2 ** 32`: it may differ from layer to layer of
+    a stack, like a parameter, but no optimiser trains an integer.
     """
 
     threshold: UInt32[Array, ""]
@@ -27,11 +28,11 @@ class DropPath(eqx.Module):
 
         Raises:
 
-        - `ValueError` if `rate` is a number outside of `[0, 1)`.
+        - `ValueError` if `rate` is a number outside `[0, 1)`.
         """
         if isinstance(rate, int | float) and not 0 <= rate < 1:
             raise ValueError(f"DropPath: rate={rate} must be at least 0 and below 1.")
-        # Two halves, because float32 has 24 bits and what is close to 1 must not become 2 ** 32.
+        # Two halves, because float32 has 24 bits and a rate close to 1 must not become 2 ** 32.
         share = jnp.asarray(rate, jnp.float32) * 2**16
         high = jnp.floor(share)
         low = jnp.floor((share - high) * 2**16)

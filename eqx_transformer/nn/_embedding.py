@@ -48,8 +48,8 @@ class Embedding(eqx.Module):
         """The vectors of `tokens`, in the dtype of the weight. `key` is ignored, as in Equinox."""
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
-                f"Embedding: tokens have dtype {tokens.dtype} but are ids, which are integers; "
-                "use tokens.astype(jnp.int32)."
+                f"Embedding: tokens have dtype {tokens.dtype} but must be integer ids; use "
+                "tokens.astype(jnp.int32)."
             )
         return self.weight.at[tokens].get(
             mode="fill", fill_value=jnp.nan, wrap_negative_indices=False

@@ -1,17 +1,17 @@
-"""Rows in groups, each group through parameters of its own; how many rows, only running tells.
+"""A map over rows in groups, with parameters for each group and sizes known only at run time.
 
-Rows are sorted by group and cut into blocks of one group each, and a loop runs over as many blocks
-as there are. It reads the parameters where they are, and adds their gradients up where they are.
-Measured with `MixtureOfExperts` on two CPU cores (64 experts of 256 x 512, 2 of them for each of
-1,024 positions; forward and backward): 100 ms and 14 MiB of temporary memory. Left to JAX, a `vmap`
-over blocks with the parameters of each gathered takes 190 ms and 270 MiB, a `scan` over blocks 200
-ms and 250 MiB, every expert for every position 1,600 ms and 1,300 MiB. `jax.lax.ragged_dot` is the
-latter on a CPU, cannot be batched over rows alone, and takes matrices only.
+Rows are sorted by group and cut into blocks of one group each, and a loop runs over the blocks. It
+reads the parameters, and accumulates their gradients, in place. Measured with `MixtureOfExperts` on
+two CPU cores (64 experts of 256 x 512, 2 of them for each of 1,024 positions; forward and
+backward): 100 ms and 14 MiB of temporary memory. In plain JAX, a `vmap` over blocks with the
+parameters of each gathered takes 190 ms and 270 MiB, a `scan` over blocks 200 ms and 250 MiB, every
+expert for every position 1,600 ms and 1,300 MiB. `jax.lax.ragged_dot` does the last on a CPU,
+cannot be batched over rows alone, and takes matrices only.
 
-JAX does not differentiate such a loop, and would batch it with a copy of the parameters for every
-example. So the map has rules. It is closed under differentiation: its tangent is the same map for
-the tangent of the function, its transpose the same map for the transpose of that. Hence every
-derivative of every order is one such loop. A batch becomes more rows.
+JAX has no reverse mode for such a loop, and would batch it with a copy of the parameters for every
+example. So the map has its own rules. It is closed under differentiation: its tangent is the same
+map with the tangent of the function, its transpose the same map with the transpose of that. Hence
+every derivative of every order is one such loop. A batch becomes more rows.
 """
 
 import dataclasses
@@ -55,9 +55,10 @@ class _Tangent:
 
 @dataclasses.dataclass(frozen=True)
 class _Transpose:
-    """The transpose of that: cotangents of sums come with the parameters, those of rows with rows.
+    """The transpose of `_Tangent`.
 
-    What belongs to a row is returned for every row, what belongs to the parameters is summed.
+    Cotangents of sums come in with the parameters, those of rows with the rows. Cotangents of rows
+    are returned for every row, those of parameters are summed.
     """
 
     block: Block
@@ -123,9 +124,9 @@ def grouped_map(
 
     - `block`: a hashable function that maps every row on its own; nothing is summed.
     - `params`, `rows`: `[num_groups, ...]` and `[rows, ...]`.
-    - `groups`: the group of every row; rows of group `num_groups` go nowhere and give zeros.
+    - `groups`: the group of every row; rows of group `num_groups` are skipped and give zeros.
     - `num_groups`: how many groups.
-    - `loop`: who computes it, and every derivative; `local_loop` if not given.
+    - `loop`: the loop that computes it, and every derivative; `local_loop` if not given.
 
     Returns:
 
@@ -144,7 +145,7 @@ def _grouped(inputs: PyTree, *, block: Block, num_groups: int, loop: Loop) -> tu
 
 @eqx.filter_jit
 def _compiled(inputs: PyTree, block: Block, num_groups: int, loop: Loop) -> tuple[PyTree, PyTree]:
-    # Compiled once a structure and shape, also for callers who do not use `jax.jit`.
+    # Compiled once per structure and shape, even for callers who do not use `jax.jit`.
     return _foldable(block, num_groups, loop)(*inputs)
 
 
@@ -170,10 +171,10 @@ def _push(block: Block, num_groups: int, loop: Loop, inputs: PyTree, tangents: P
 
 @dataclasses.dataclass(frozen=True)
 class _PushBatch:
-    """`_Push` for a batch that shares the parameters: the same for more rows.
+    """`_Push` for a batch that shares the parameters: the same with more rows.
 
-    Its transpose sums over the batch where it goes. Else there would be a cotangent of the
-    parameters for every example first.
+    Its transpose sums over the batch as it goes. Otherwise there would first be a cotangent of the
+    parameters for every example.
     """
 
     block: Block
@@ -196,11 +197,12 @@ class _PushBatch:
 
 
 def _fold(size: int, x: Array, is_batched: bool) -> Array:
-    """Examples one after another, as rows."""
+    """The rows of all examples, one example after another."""
     if is_batched and any(jax.typeof(x).sharding.spec):
         raise ValueError(
-            f"MixtureOfExperts: the batch is sharded, {jax.typeof(x)}, but without a limit it is "
-            "computed as one; call the layer inside jax.shard_map, or set capacity_factor."
+            f"MixtureOfExperts: the batch is sharded, {jax.typeof(x)}, but with "
+            "capacity_factor=None it is computed as a whole; call the layer inside jax.shard_map, "
+            "or set capacity_factor."
         )
     x = x if is_batched else jnp.broadcast_to(x[None], (size, *x.shape))
     return x.reshape(-1, *x.shape[2:])
@@ -209,8 +211,8 @@ def _fold(size: int, x: Array, is_batched: bool) -> Array:
 def _foldable(block: Block, num_groups: int, loop: Loop) -> Callable[..., Any]:
     """`loop`, with a rule for batches: one loop over the rows of all examples.
 
-    Only computes: derivatives are taken outside, so that JAX's having none of reverse mode for
-    `custom_vmap` is no loss.
+    Derivatives are taken outside, so it does not matter that JAX's `custom_vmap` has no reverse
+    mode.
     """
     run = custom_vmap(partial(loop, block, num_groups))
 
@@ -219,7 +221,7 @@ def _foldable(block: Block, num_groups: int, loop: Loop) -> Callable[..., Any]:
         params_batched, rows_batched, groups_batched = batched
 
         def own(x: Array, is_batched: bool) -> Array:
-            # What all examples share stays as it is: groups are counted modulo its length.
+            # Parameters that all examples share stay as they are: groups are taken modulo length.
             if not is_batched:
                 return x
             repeats = num_groups // x.shape[1]
@@ -244,7 +246,7 @@ def _foldable(block: Block, num_groups: int, loop: Loop) -> Callable[..., Any]:
 
 
 def shapes_of(block: Block, params: PyTree, rows: PyTree, size: int) -> tuple[PyTree, PyTree]:
-    """What `block` makes of `size` rows."""
+    """The shapes of the results of `block` for `size` rows."""
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), rows)
     return jax.eval_shape(block, params, rows)
@@ -263,7 +265,7 @@ def local_loop(
     order, place, starts = sorted_by_group(groups, num_groups)
     blocks = -(-jnp.diff(starts) // size)
     ends = jnp.cumsum(blocks)
-    # Blocks that are not full: at most one a group.
+    # At most one block per group is not full.
     most = min(num_rows, num_rows // size + num_groups)
     numbers = jnp.arange(most, dtype=jnp.int32)
     # Not `jnp.searchsorted`, which JAX 0.10 refuses where a mesh is manual in part.
@@ -285,7 +287,7 @@ def local_loop(
             return jnp.where(live.reshape(-1, *(1,) * (x.ndim - 1)), x[which], 0)
 
         out, add = block(jax.tree.map(of_group, params), jax.tree.map(of_rows, rows))
-        # Past the last live row this writes what the next block, the next in order, overwrites.
+        # What this writes past the last live row, the next block overwrites: blocks are in order.
         outs = jax.tree.map(
             lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first, axis=0), outs, out
         )
@@ -311,7 +313,7 @@ def local_loop(
 
 
 def _block_size(num_rows: int, num_groups: int) -> int:
-    """A power of two, about twice the mean: most groups are one block, which is loaded once."""
+    """A power of two, about twice the mean group: most are one block, and loaded once."""
     mean = max(1, num_rows // num_groups)
     return min(max(8, 2 ** math.ceil(math.log2(2 * mean))), 256)
 
@@ -320,6 +322,6 @@ def sorted_by_group(groups: Int[Array, " rows"], num_groups: int) -> tuple[Array
     """The rows sorted by group, where each one went, and `[num_groups + 1]` where groups begin."""
     order = jnp.argsort(groups, stable=True).astype(jnp.int32)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(groups.shape[0], dtype=jnp.int32))
-    # Counted one group on, so that the sums up to each are where it begins.
+    # Counts are shifted by one group, so that the cumulative sums are where groups begin.
     counts = jnp.zeros((num_groups + 1,), jnp.int32).at[groups + 1].add(1, mode="drop")
     return order, place, jnp.cumsum(counts)

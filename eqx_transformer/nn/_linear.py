@@ -10,11 +10,11 @@ from ._product import product
 
 
 class AbstractLinear(eqx.Module):
-    """What a layer may have as a projection: an affine map of the last axis.
+    """What layers accept as a projection: an affine map of the last axis.
 
     The layers of this library are built with `Linear`. Anything else that has these two attributes
-    and is called in the same way may be put in its place with `equinox.tree_at`: a quantised
-    weight, an adapter. `weight` may be computed when it is asked for.
+    and is called in the same way can replace it, by `equinox.tree_at`: a quantised weight, an
+    adapter. `weight` may be a property, computed on demand.
     """
 
     weight: eqx.AbstractVar[Float[Array, "in_features out_features"]]
@@ -82,7 +82,7 @@ class Linear(AbstractLinear):
 
 
 def check_linear(owner: str, name: str, weight: Array, x: Array) -> None:
-    """Checks that the weight, or what stands for it, is that of one layer, and fits `x`."""
+    """Checks that the weight, in whatever form, is that of one layer, and fits `x`."""
     if weight.ndim != 2:
         raise ValueError(
             f"{owner}: {name} has {weight.ndim} axes {weight.shape}, so this is a stack of layers; "

@@ -22,7 +22,7 @@ from ._rope import RoPE
 class LinearAttentionCache(eqx.Module):
     """What one linear attention layer keeps of a sequence, as a value of constant size.
 
-    A search may fork it. Nothing can be taken back: a sum does not say what it was made of.
+    A search may fork it, but positions cannot be taken back: the state is a sum over all of them.
 
     `max_len` is how many positions may be added; it takes no memory.
     """
@@ -32,7 +32,7 @@ class LinearAttentionCache(eqx.Module):
     max_len: int = eqx.field(static=True)
 
     def truncate(self, length: int | Int[Array, ""]) -> "LinearAttentionCache":
-        """Refuses; see `eqx_transformer.nn.truncate`."""
+        """Raises an error; see `eqx_transformer.nn.truncate`."""
         raise ValueError(
             "LinearAttentionCache: positions cannot be taken back, because the state is a sum over "
             "all of them; keep the cache from before they were added."
@@ -52,8 +52,9 @@ class LinearAttention(AbstractAttention):
 
     Queries and keys are rotated before the feature map, as in `Attention`: all weights stay
     positive and are normalised by their sum. With `RandomFeatures` the layer then estimates
-    `Attention` with the same `rope`; with another feature map weights do not depend on distances
-    alone. Rotating the features instead (Su et al., 2021, equation 19) would make them negative.
+    `Attention` with the same `rope`; with another feature map, weights depend on more than
+    distances. Rotating the features instead (Su et al., 2021, equation 19) could make weights
+    negative.
     """
 
     q_proj: AbstractLinear
@@ -93,7 +94,7 @@ class LinearAttention(AbstractAttention):
         - `mask`: what the architecture imposes; `Causal()` makes a decoder, with a cache. See
             `linear_attention` for which masks there may be.
         - `feature_map`: `phi`; the leaves of a Module are trained with the layer.
-        - `chunk_size`: how many positions are computed densely at a time. It changes speed alone.
+        - `chunk_size`: how many positions are computed densely at a time. It affects only speed.
         - `use_bias`: whether the four projections have biases.
         - `dtype`: of the parameters; the default floating dtype if not given.
         - `key`: for the initial weights.
@@ -136,7 +137,7 @@ class LinearAttention(AbstractAttention):
         Arguments:
 
         - `x`: the sequence.
-        - `mask`: who may attend to whom, besides what the layer itself forbids: `Padding`, one
+        - `mask`: who may attend to whom, combined by `&` with the layer's own mask: `Padding`, one
             `Segments` in order, `Causal()`, any `&` of them.
         - `positions`: absolute positions, for `rope` and masks; `0, 1, 2, ...` if not given. With a
             causal mask they must increase.
@@ -164,9 +165,9 @@ class LinearAttention(AbstractAttention):
         return self.o_proj(jax.lax.collapse(out, 1))
 
     def init_cache(self, max_len: int, dtype: DTypeLike | None = None) -> LinearAttentionCache:
-        """An empty cache for `max_len` positions, which take no memory.
+        """An empty cache for up to `max_len` positions, of the same size for any `max_len`.
 
-        It is kept in `dtype`, or that of the weights, but in float32 at least: these are sums over
+        It is stored in `dtype`, or that of the weights, but in float32 at least: it holds sums over
         the whole sequence.
         """
         dtype = jnp.dtype(self.k_proj.weight.dtype if dtype is None else dtype)
@@ -199,8 +200,8 @@ class LinearAttention(AbstractAttention):
 
         - `x`: the next positions: a prompt, a part of one, or one token.
         - `cache`: what is kept of the earlier ones.
-        - `mask`: as in `__call__`, on absolute positions `0..max_len-1`. What it says of a key
-            counts when that key is added, and cannot be changed by the mask of a later call.
+        - `mask`: as in `__call__`, on absolute positions `0..max_len-1`. Whether it hides a key is
+            decided when that key is added, and cannot be changed by the mask of a later call.
         - `length`: how many positions of `x` count; the rest is padding, whose output is
             meaningless. All if not given.
 

@@ -19,11 +19,11 @@ from ._padding import padding_flags
 from ._token_groups import AttentionPattern, TokenSpec, check_patterns, check_tokens
 
 FEW_SCORES: Final = 2**12
-"""Up to so many scores (`q_seq * kv_seq`) one call with a mask is no slower on CPU than several."""
+"""Up to this many scores (`q_seq * kv_seq`), one masked call is no slower on CPU than several."""
 
 
 class GroupMemory(eqx.Module):
-    """Keys and values of one group, at their places, and which of its tokens are no padding."""
+    """Keys and values of one group, rotated to their coordinates, and which are not padding."""
 
     k: Float[Array, "size kv_heads head_dim"]
     v: Float[Array, "size kv_heads head_dim"]
@@ -48,9 +48,9 @@ class MixedAttention(AbstractAttention):
         y = o_proj(h)
 
     What no pattern allows is not computed. Patterns with the same keys become one call, and those
-    of equal shape one batched call. Where there would still be more than one and scores are few
-    (`q_seq * kv_seq <= FEW_SCORES`), a `TokenGroups` mask over all tokens is used
-    instead: the same function. Within a group the order of tokens means nothing.
+    of equal shape one batched call. If there would still be more than one, and scores are few
+    (`q_seq * kv_seq <= FEW_SCORES`), one call with a `TokenGroups` mask over all tokens is used
+    instead, with the same result. The order of tokens within a group does not matter.
 
     With anchors, as `self_patterns`, `cross_patterns` and `joint_patterns` make them, the cost is
     linear in the number of queries, and `extend` takes them in any number of chunks. (Alkin et al.,
@@ -97,14 +97,15 @@ class MixedAttention(AbstractAttention):
             exactly one of them.
         - `rope`: rotary positions; every call must then be given `coordinates`.
         - `as_mask`: whether patterns are computed as one call with a mask, or as one call for each
-            shape; chosen as said above if not given.
+            shape; chosen as described above if not given.
         - `num_kv_heads`, `head_dim`, `qk_norm`, `norm_eps`, `use_bias`, `dropout_rate`,
             `attention_fn`, `dtype`: see `Attention`.
         - `key`: for the initial weights.
 
         Raises:
 
-        - `ValueError` for sizes that do not divide each other, or patterns that contradict.
+        - `ValueError` for sizes that do not divide each other, or patterns that contradict each
+            other.
         """
         check_patterns("MixedAttention", patterns)
         num_kv_heads, head_dim = head_sizes(
@@ -139,21 +140,21 @@ class MixedAttention(AbstractAttention):
         coordinates: Float[Array, "seq dims"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "seq d_model"]:
-        """Attends within one input, which has every group that is attended to.
+        """Attends within one input, which contains every group that is attended to.
 
         Arguments:
 
         - `x`: the tokens, group by group.
         - `tokens`: the groups, in this order.
-        - `mask`: `Padding(valid)` where some tokens are padding; patterns say the rest.
-        - `positions`: must not be given; tokens have places, but no order.
-        - `coordinates`: where they are in space, for an `AxialRoPE`.
+        - `mask`: `Padding(valid)` where some tokens are padding; the rest is up to `patterns`.
+        - `positions`: must not be given; tokens may have coordinates, but have no order.
+        - `coordinates`: where the tokens are in space, for an `AxialRoPE`.
         - `key`: for dropout; needed if there is any, unless `inference` is set.
 
         Raises:
 
-        - `ValueError` if sizes do not add up, or a group is attended to but not there, or attends
-            to nothing.
+        - `ValueError` if sizes do not add up, or a group is attended to but missing, or attends to
+            nothing.
         """
         self._check_positions(positions)
         return self._attend(x, tokens, {}, mask, coordinates, key)[0]
@@ -161,7 +162,7 @@ class MixedAttention(AbstractAttention):
     def init_cache(self, max_len: int = 0, dtype: DTypeLike | None = None) -> GroupCache:
         """A cache without groups, which will store them in `dtype` or that of the weights.
 
-        Groups are stored as they come, so `max_len` makes no difference.
+        Groups are stored at their own size, so `max_len` makes no difference.
 
         Raises:
 
@@ -189,8 +190,8 @@ class MixedAttention(AbstractAttention):
     ) -> tuple[Float[Array, "seq d_model"], GroupCache]:
         """Attends from some groups to each other and to those in a cache.
 
-        First anchors with an empty cache, then queries, in as many calls as one likes: with
-        `TokenSpec(anchors, None)` among the `tokens`, which says that these are cached.
+        First pass the anchors with an empty cache, then the queries in any number of calls, with
+        `TokenSpec(anchors, None)` among the `tokens`, which says that the anchors are cached.
 
         Arguments:
 
@@ -201,15 +202,15 @@ class MixedAttention(AbstractAttention):
         Returns:
 
         What `__call__` would give for these tokens, and the cache with those groups of `x` added
-        that are ever attended to.
+        that some pattern attends to.
 
         Raises:
 
-        - `ValueError` as `__call__`, and for groups both in the cache and in the input.
+        - `ValueError` like `__call__`, and for groups that are both in the cache and in the input.
         """
         self._check_positions(length)
         out, new = self._attend(x, tokens, cache.groups, mask, coordinates, None)
-        # Handed back untouched where nothing is added, so that stacks need not copy it.
+        # Returned as it is where nothing is added, so that stacks need not copy it.
         if not new:
             return out, cache
         new = jax.tree.map(lambda a: a.astype(cache.dtype) if eqx.is_inexact_array(a) else a, new)
@@ -235,7 +236,7 @@ class MixedAttention(AbstractAttention):
         check_tokens("MixedAttention", tokens, self.patterns, x.shape[0], tuple(cached))
         valid = padding_flags("MixedAttention", mask, x.shape[0])
         if valid is not None:
-            # NaN in padding must not reach a gradient either, by a product with zero.
+            # NaN in padding must not reach a gradient either, through a product with zero.
             x = jnp.where(valid[:, None], x, 0)
             if coordinates is not None:
                 coordinates = jnp.where(valid[:, None], coordinates, 0)
@@ -321,7 +322,7 @@ class MixedAttention(AbstractAttention):
         calls: list[tuple[tuple[str, ...], tuple[str, ...]]],
         key: PRNGKeyArray | None,
     ) -> dict[str, Array]:
-        """One call for every shape that patterns have, over all patterns of that shape."""
+        """One call for every distinct shape of patterns, over all patterns of that shape."""
         padded = any(memory[name].valid is not None for _, kv in calls for name in kv)
         shapes: dict[tuple[int, int], list[tuple[tuple[str, ...], Array, GroupMemory]]]
         shapes = collections.defaultdict(list)
@@ -374,7 +375,7 @@ class MixedAttention(AbstractAttention):
 def _merged(
     patterns: Sequence[AttentionPattern], present: Sequence[str]
 ) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Queries and keys of every call: those groups together that attend to the same."""
+    """Queries and keys of every call: groups that attend to the same keys are merged."""
     queries: dict[frozenset[str], list[str]] = collections.defaultdict(list)
     keys: dict[frozenset[str], tuple[str, ...]] = {}
     for pattern in patterns:

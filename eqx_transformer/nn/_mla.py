@@ -17,7 +17,7 @@ from ._rope_scaling import YaRNScaling
 
 
 class LatentAttention(AbstractAttention):
-    """Multi-head latent attention: keys and values of all heads from one short vector a position.
+    """Multi-head latent attention: one short vector per position gives all heads' keys and values.
 
         latent, r  = kv_down_proj(x)                       split into kv_rank and rope_head_dim
         k[h], v[h] = kv_up_proj(kv_norm(latent))           for every head h
@@ -27,11 +27,11 @@ class LatentAttention(AbstractAttention):
 
     Positions enter through `p` and `r` alone, and `r` is the same for all heads. So a cache holds
     `kv_norm(latent)` and `rope(r)`, which is all that later positions need: `kv_rank +
-    rope_head_dim` numbers a position, whatever the number of heads. (DeepSeek-AI, DeepSeek-V2,
+    rope_head_dim` numbers per position, whatever the number of heads. (DeepSeek-AI, DeepSeek-V2,
     2024, section 2.1.)
 
-    Where few positions are appended, scores and sums are computed with the latents themselves:
-    `q . (U c) = (U' q) . c`, so no key or value of a head is ever made.
+    When few positions are appended, scores and sums are computed with the latents themselves:
+    `q . (U c) = (U' q) . c`, so the keys and values of heads are never materialised.
     """
 
     q_proj: AbstractLinear | None
@@ -84,15 +84,15 @@ class LatentAttention(AbstractAttention):
         - `nope_head_dim`, `rope_head_dim`: sizes of the two parts of a query, without and with
             rotary positions.
         - `v_head_dim`: size of a value.
-        - `q_rank`: size of the latent vectors of queries; without such vectors if not given.
-        - `rope`: rotary positions; interleaved ones if not given. Not with a scaling that depends
-            on the length of the sequence.
+        - `q_rank`: size of the latent vectors of queries; if not given, there are none.
+        - `rope`: rotary positions; interleaved ones if not given. Its scaling must not depend on
+            the length of the sequence.
         - `norm_eps`: the `eps` of the norms of the latent vectors.
         - `mask`, `score_mod`: what the architecture imposes; see `dot_product_attention`.
         - `scale`: factor on the scores; if not given, `1 / sqrt(nope_head_dim + rope_head_dim)`,
-            times what a `YaRNScaling` says.
+            times the `score_factor` of a `YaRNScaling`.
         - `use_bias`: whether the maps to the latent vectors, and that of the output, have biases.
-        - `qkv_bias`: whether the maps to the latent vectors have; `use_bias` if not given.
+        - `qkv_bias`: whether the maps to the latent vectors have biases; `use_bias` if not given.
         - `dropout_rate`, `attention_fn`, `dtype`, `key`: see `Attention`.
 
         Raises:
@@ -113,7 +113,7 @@ class LatentAttention(AbstractAttention):
         if rope.needs_length:
             raise ValueError(
                 f"LatentAttention: {type(rope.scaling).__name__} depends on the length of the "
-                "sequence, but the cache holds keys that are turned; use another scaling."
+                "sequence, but the cache holds keys already rotated; use another scaling."
             )
         check_rate("LatentAttention", dropout_rate)
         qkv_bias = use_bias if qkv_bias is None else qkv_bias
@@ -169,13 +169,13 @@ class LatentAttention(AbstractAttention):
     def init_cache(self, max_len: int, dtype: DTypeLike | None = None) -> KVCache:
         """An empty cache for `max_len` positions, stored in `dtype` or that of the weights.
 
-        Its keys are the latent vectors, normalised, with the rotary part of the keys behind them;
-        its values are empty.
+        Its keys are the normalised latent vectors, followed by the rotary part of the keys; its
+        values are empty.
 
         Raises:
 
-        - `ValueError` for int8: the two parts would share a scale, and the greater of them drown
-            the other.
+        - `ValueError` for int8: the two parts would share a scale, and the larger would drown the
+            other.
         """
         weight = self.kv_down_proj.weight
         dtype = weight.dtype if dtype is None else dtype
@@ -207,15 +207,15 @@ class LatentAttention(AbstractAttention):
         where = (mask, positions, kv_positions, None)
         rank, seq = self.kv_norm.weight.shape[0], x.shape[0]
         head_dims = self.nope_head_dim + self.v_head_dim
-        # Products for each cached position and head, with the latents and with keys made of them.
+        # Multiplications per cached position and head: with latents, and with keys expanded.
         cheaper = seq * 2 * rank <= seq * head_dims + rank * head_dims
-        # One that looks at what heads compute, or changes it, is to find the same as in a call.
+        # An attention function that inspects or changes heads must see the same as in `__call__`.
         if cheaper and not getattr(self.attention_fn, "needs_heads", False):
             w = self.kv_up_proj.weight.astype(x.dtype).reshape(rank, self.num_heads, head_dims)
             w_k, w_v = w[..., : self.nope_head_dim], w[..., self.nope_head_dim :]
             absorbed = jnp.einsum("shn,chn->shc", q[..., : self.nope_head_dim], w_k)
             q = jnp.concatenate([absorbed, q[..., self.nope_head_dim :]], axis=-1)
-            # Values are keys whose last features are not looked at: the cache is not copied.
+            # The keys serve as values, of which the last features are ignored: no copy is needed.
             out = self._attend(q, latents, latents, *where)[..., :rank]
             return self._output(jnp.einsum("shc,chv->shv", out, w_v)), cache
         k, v = self._expand(latents)

@@ -34,7 +34,7 @@ class MLP(eqx.Module):
         - `d_model`: size of the input and the output.
         - `d_ff`: size between the two maps.
         - `activation`: the nonlinearity, a function or a Module with parameters. Give options
-            with `eqx.Partial`: two lambdas are never equal, so each compiles anew.
+            with `eqx.Partial`: two lambdas are never equal, so each causes a compilation.
         - `use_bias`: whether the maps have biases.
         - `dtype`: of the parameters; the default floating dtype if not given.
         - `key`: for the initial weights.
@@ -85,8 +85,8 @@ class GatedMLP(eqx.Module):
         - `d_model`: size of the input and the output.
         - `d_ff`: size of the gate and of what it multiplies.
         - `activation`: applied to the gate; see `MLP`.
-        - `clip`: the most the gate may be before the activation, and the most that what it
-            multiplies may be in size. No limit if not given.
+        - `clip`: an upper bound on the gate before the activation, and a bound on the size of what
+            it multiplies. No limit if not given.
         - `up_offset`: added to what the gate multiplies.
         - `use_bias`: whether the three maps have biases.
         - `dtype`: of the parameters; the default floating dtype if not given.

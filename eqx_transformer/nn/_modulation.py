@@ -15,9 +15,9 @@ from ._linear import AbstractLinear, Linear
 class Modulation(eqx.Module):
     """Vectors by which layers are modulated, from a condition: `proj(silu(condition))`.
 
-    Initially all of them are zero. Where one of them is a gate, a residual branch begins as
-    nothing, and a block as the identity. (Peebles and Xie, Scalable Diffusion Models with
-    Transformers, 2023, section 3.2: adaLN-Zero.)
+    They are initially zero. So a residual branch with one of them as a gate begins as zero, and a
+    block as the identity. (Peebles and Xie, Scalable Diffusion Models with Transformers, 2023,
+    section 3.2: adaLN-Zero.)
     """
 
     proj: AbstractLinear

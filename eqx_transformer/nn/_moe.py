@@ -17,11 +17,11 @@ from ._linear import AbstractLinear, Linear
 class RouterStats(eqx.Module):
     """What the router of a `MixtureOfExperts` did with one sequence.
 
-    Everything is in float32 or wider and differentiable where that has a meaning. Choices are
+    Everything is in float32 or wider and differentiable where that is meaningful. Choices are
     counted before any is dropped. Padding does not count.
 
     With `load` and `probability` averaged over a batch, `num_experts * load @ probability` is the
-    load-balance loss of the batch as a whole, which is a weaker demand than that of every sequence.
+    load-balance loss of the whole batch, which demands less than balance in every sequence.
     """
 
     load_balance_loss: Float[Array, ""]
@@ -57,7 +57,7 @@ class MixtureOfExperts(eqx.Module):
         weights = route_scale * scores[experts] / sum(scores[experts])
         y       = sum_i weights[i] * experts[i](x)  +  sigmoid(shared_gate(x)) * shared_experts(x)
 
-    Takes the place of an `MLP`. Only what is chosen is computed, without a capacity by
+    Takes the place of an `MLP`. Only the chosen experts are computed; without a capacity, by
     `experts_fn`. There is no state: losses and loads are returned by `apply_with_stats`. (Shazeer
     et al., 2017; softmax and capacity: Fedus et al., 2021; sigmoid, `selection_bias`, `route_scale`
     and shared experts: DeepSeek-AI, 2024, "DeepSeek-V3 Technical Report", equations 12 to 16.)
@@ -109,31 +109,32 @@ class MixtureOfExperts(eqx.Module):
         - `num_experts`: how many experts.
         - `make_expert`: `make_expert(key=key)` builds one expert, a Module that maps every row of
             `[rows, d_model]` on its own, e.g. `eqx.Partial(GatedMLP, d_model, d_ff)`. It is called
-            without a key. Blocks of rows are filled up with zeros, where it must be finite.
+            without a key. Blocks of rows are padded with zeros, where it must be finite.
         - `top_k`: how many experts a position chooses.
         - `scores`: how logits become scores, `"softmax"` over all experts or `"sigmoid"` of each.
         - `renormalize`: whether the weights of a position sum to `route_scale`. With `"softmax"`
             that is the softmax over the chosen logits alone, as in Mixtral. Not with `top_k=1`,
             where the router would get no gradient.
         - `route_scale`: factor on the weights.
-        - `selection_bias`: whether there is a number for every expert that is added to its score
-            for the choice, and for the choice only; initially zero. It has no gradient, see
+        - `selection_bias`: whether every expert has a number, initially zero, that is added to its
+            score for the choice, but not to its weight. It has no gradient; see
             `with_selection_bias`.
         - `num_groups`, `top_groups`: experts are in `num_groups` groups of consecutive ones, and a
-            position chooses in its best `top_groups` groups only.
+            position chooses only from its best `top_groups` groups.
         - `group_score`: what makes a group the best: its best expert, `"max"` (DeepSeek-V2), or the
             sum of its best two, `"top2"` (DeepSeek-V3).
         - `router_bias`: whether the router has a bias, a parameter like its weight.
         - `capacity_factor`: how many positions an expert accepts, as a multiple of the mean:
             `ceil(capacity_factor * seq * top_k / num_experts)`. Earlier positions come first, so
-            that what happens to one does not depend on later ones, only on how many there are.
-            What an expert does not accept adds nothing to the output. `None`: no limit, nothing is
-            dropped; only so is a sequence in parts (with a cache) the same as the whole. A batch is
-            then computed as one; where it is spread over devices, see `sharding.expert_parallel`.
-        - `shared_experts`: a Module that every position goes through besides, such as an `MLP`;
+            that the result of one does not depend on later ones, only on how many there are. An
+            expert adds nothing to positions that it does not accept. `None`: no limit, nothing is
+            dropped; only then does a sequence in parts (with a cache) give the same as the whole. A
+            batch is then computed as one; if it is spread over devices, see
+            `sharding.expert_parallel`.
+        - `shared_experts`: a Module that every position goes through as well, such as an `MLP`;
             called as `shared_experts(x, key=key)`.
-        - `shared_gate`: whether their output is multiplied by a sigmoid gate, one number a position
-            (Qwen1.5-MoE, 2024).
+        - `shared_gate`: whether their output is multiplied by a sigmoid gate, one number per
+            position (Qwen1.5-MoE, 2024).
         - `jitter`: the input of the router is multiplied by uniform noise from
             `[1 - jitter, 1 + jitter]`, unless `inference` is set.
         - `dtype`: of the router's parameters; the default floating dtype if not given.
@@ -177,7 +178,7 @@ class MixtureOfExperts(eqx.Module):
             )
         if group_score == "top2" and num_experts < 2 * num_groups:
             raise ValueError(
-                f"MixtureOfExperts: group_score='top2' needs groups of two experts at least; there "
+                f"MixtureOfExperts: group_score='top2' needs groups of at least two experts; there "
                 f"are num_experts={num_experts} in num_groups={num_groups}."
             )
         if shared_gate and shared_experts is None:
@@ -225,8 +226,8 @@ class MixtureOfExperts(eqx.Module):
     def with_selection_bias(self, bias: Float[Array, "*stack num_experts"]) -> "MixtureOfExperts":
         """The same layer with another selection bias.
 
-        It is no parameter: its gradient would be zero, and weight decay would shrink it. So the
-        layer keeps the bits of the float32 numbers as integers, which no optimiser touches. To
+        It is not a parameter: its gradient would be zero, and weight decay would shrink it. So the
+        layer stores the bits of the float32 numbers as integers, which no optimiser touches. To
         balance loads without a loss, after every step (Wang et al., 2024, algorithm 1):
 
             bias = moe.selection_bias + rate * jnp.sign(1 / num_experts - stats.load)
@@ -278,7 +279,7 @@ class MixtureOfExperts(eqx.Module):
         valid: Bool[Array, " seq"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "seq d_model"], RouterStats]:
-        """What `__call__` returns, and what the router did; arguments as there.
+        """What `__call__` returns, and statistics of the router; the arguments are the same.
 
         Add the losses to the objective with coefficients, e.g. 1e-2 for `load_balance_loss` (Fedus
         et al., 2021) and 1e-3 for `z_loss` (Zoph et al., 2022).
@@ -294,7 +295,7 @@ class MixtureOfExperts(eqx.Module):
             # A weight of zero would not keep a NaN in the padding out of the gradients.
             x = jnp.where(valid[:, None], x, 0)
         routing = self._route(x, router_key)
-        # Who goes nowhere goes to an expert past the last.
+        # Padding goes to an expert past the last, which does not exist.
         chosen = routing.experts
         if valid is not None:
             chosen = jnp.where(valid[:, None], chosen, self.num_experts)
@@ -329,7 +330,7 @@ class MixtureOfExperts(eqx.Module):
             low, high = 1 - self.jitter, 1 + self.jitter
             h = h * jax.random.uniform(key, h.shape, h.dtype, low, high)
         logits = self.router(h)
-        # Logarithms of the scores, up to what is the same for all experts.
+        # Logarithms of the scores, up to a constant for all experts.
         log_scores = jax.nn.log_sigmoid(logits) if self.scores == "sigmoid" else logits
         scores = jnp.exp(log_scores) if self.scores == "sigmoid" else jax.nn.softmax(logits)
         ranked = jax.lax.stop_gradient(logits)
@@ -337,13 +338,13 @@ class MixtureOfExperts(eqx.Module):
             bias = jax.lax.stop_gradient(self.selection_bias).astype(scores.dtype)
             ranked = jax.lax.stop_gradient(scores) + jnp.broadcast_to(bias, scores.shape)
         elif self.group_score == "top2":
-            # Sums of scores and of logits need not be in the same order.
+            # Groups by sums of scores need not be in the same order as by sums of logits.
             ranked = jax.lax.stop_gradient(scores)
         if self.top_groups < self.num_groups:
             ranked = self._in_best_groups(ranked)
         experts = jax.lax.top_k(ranked, self.top_k)[1]
         if self.renormalize:
-            # Divided by the sum, also where all of them are tiny.
+            # Scores divided by their sum, even where all of them are tiny.
             weights = jax.nn.softmax(jnp.take_along_axis(log_scores, experts, axis=-1))
         else:
             weights = jnp.take_along_axis(scores, experts, axis=-1)
@@ -370,8 +371,8 @@ class MixtureOfExperts(eqx.Module):
     def _with_capacity(self, x: Array, chosen: Array) -> tuple[Array, Array]:
         """Every expert gets a buffer of as many rows as it accepts.
 
-        The experts are batched over these, so their weights stay where they are, also where they
-        are spread over devices, or shared by a batch of sequences.
+        The experts are batched over these, so their weights stay in place, even where they are
+        spread over devices, or shared by a batch of sequences.
         """
         assert self.capacity_factor is not None
         seq = x.shape[0]
@@ -412,7 +413,7 @@ def _call(expert: Callable[[Array], Array], rows: Array) -> Array:
     out = expert(rows)
     if out.shape != rows.shape or out.dtype != rows.dtype:
         raise ValueError(
-            f"MixtureOfExperts: an expert made {out.dtype}{list(out.shape)} of "
+            f"MixtureOfExperts: an expert returned {out.dtype}{list(out.shape)} for "
             f"{rows.dtype}{list(rows.shape)}; it must keep shape and dtype."
         )
     return out
@@ -420,9 +421,9 @@ def _call(expert: Callable[[Array], Array], rows: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Expert:
-    """Applies an expert whose arrays come from elsewhere.
+    """Applies an expert whose arrays are passed in.
 
-    The rest is flattened: what it holds can be hashed, a dictionary of options that it is in not.
+    The rest of it is stored flattened: its leaves can be hashed, a dictionary of options cannot.
     """
 
     leaves: tuple[Any, ...]

@@ -105,7 +105,7 @@ class LayerNorm(eqx.Module):
 class DynamicTanh(eqx.Module):
     """A bounded map in the place of a norm: `weight * tanh(alpha * x) + bias`.
 
-    Elementwise: there is no mean to be taken over features. (Zhu et al., Transformers without
+    It is elementwise: no statistics over features are needed. (Zhu et al., Transformers without
     Normalization, 2025, equation 2.)
     """
 

@@ -1,4 +1,4 @@
-"""Padding, for layers to which the order of tokens means nothing."""
+"""Padding, for layers to which the order of tokens does not matter."""
 
 from jaxtyping import Array, Bool
 
@@ -6,7 +6,7 @@ from ..attention import AbstractMask, Padding
 
 
 def padding_flags(owner: str, mask: AbstractMask | None, seq: int) -> Bool[Array, " seq"] | None:
-    """What a mask that can only be padding says of every token.
+    """Which tokens are valid, from a mask that can only be `Padding`.
 
     Raises:
 

@@ -25,7 +25,7 @@ class Pages(eqx.Module):
 
     @classmethod
     def like(cls, cache: KVCache, num_pages: int, page_size: int) -> "Pages":
-        """Empty pages for what such a cache holds."""
+        """Empty pages for the keys and values of such a cache."""
         stack = cache.length.shape
 
         def empty(x: Array) -> Array:
@@ -40,7 +40,7 @@ class Pages(eqx.Module):
         return self.k.shape[:-4]
 
     def copied(self, source: Int[Array, " n"], target: Int[Array, " n"]) -> "Pages":
-        """With some pages a copy of others; a `target` that does not exist is left out."""
+        """Copies each `source` page to its `target`; a `target` that does not exist is skipped."""
 
         def copy(pages: Array) -> Array:
             at = (slice(None),) * len(self.stack)
@@ -50,10 +50,10 @@ class Pages(eqx.Module):
 
 
 class PagedKVCache(eqx.Module):
-    """The keys and values of one attention layer and one sequence, as a value: a view of pages.
+    """The keys and values of one attention layer and one sequence: a view of pages.
 
-    For `jax.vmap` over sequences, that is over everything but `pages`, which then stay one pool:
-    all sequences write into it at once, and each reads what is its own.
+    For `jax.vmap` over sequences, that is, over everything but `pages`, which then stay one pool:
+    all sequences write into it at once, and each reads its own pages.
 
     Arguments:
 
@@ -72,9 +72,9 @@ class PagedKVCache(eqx.Module):
         v: Float[Array, "seq kv_heads v_dim"],
         length: int | Int[Array, ""] | None = None,
     ) -> tuple["PagedKVCache", Array, Array, Int[Array, " kv_seq"]]:
-        """The cache with the next positions, and what these may look at; see `KVCache.extended`.
+        """The cache with the next positions, and what these may attend to; see `KVCache.extended`.
 
-        There must be pages for them.
+        The page table must have pages for them.
         """
         num_pages, page_size = self.pages.k.shape[:2]
         max_pages, seq = self.page_table.shape[0], k.shape[0]
@@ -93,7 +93,7 @@ class PagedKVCache(eqx.Module):
 
         def read(x: Array) -> Array:
             found = x[jnp.maximum(self.page_table, 0)].reshape(places.shape[0], *x.shape[2:])
-            # What others left there may be NaN, which a mask does not keep out of a sum.
+            # Earlier sequences may have left NaN there, which a mask does not keep out of a sum.
             return jnp.where(filled[:, None, None], found, jnp.zeros((), x.dtype))
 
         k, v = (as_floats(jax.tree.map(read, x), k.dtype) for x in (pages.k, pages.v))
@@ -102,9 +102,9 @@ class PagedKVCache(eqx.Module):
     def read_in_place(
         self, attention_fn: Callable[..., Array], dtype: DTypeLike
     ) -> Callable[..., Array]:
-        """`attention_fn` for what `extended` returned, with the keys left in their pages.
+        """`attention_fn` for what `extended` returned, but reading keys and values from the pages.
 
-        Where it is `dot_product_attention`, that is, and pages hold what it computes in.
+        It is returned as it is unless it is `dot_product_attention` and pages are of `dtype`.
         """
         partial = isinstance(attention_fn, eqx.Partial)
         fn, options = (attention_fn.func, attention_fn.keywords) if partial else (attention_fn, {})
@@ -125,7 +125,7 @@ class PagedKVCache(eqx.Module):
 
 
 def _write(pages: Array, page: Array, slot: Array, rows: Array) -> Array:
-    """The pages with rows in their slots; a page that does not exist is left out."""
+    """Writes rows to their slots; a page that does not exist is skipped."""
     return pages.at[page, slot].set(rows, mode="drop")
 
 
@@ -136,7 +136,7 @@ _written = jax.custom_batching.custom_vmap(_write)
 def _(
     axis_size: int, in_batched: list[bool], pages: Array, page: Array, slot: Array, rows: Array
 ) -> tuple[Array, bool]:
-    """Sequences with tables of their own write to different pages, so there is one pool after."""
+    """Sequences write to different pages, so the result is one pool, without a batch axis."""
     if not in_batched[0] and all(in_batched[1:]):
         return _write(pages, page, slot, rows), False
     axes = [0 if batched else None for batched in in_batched]

@@ -59,7 +59,7 @@ def unpatchify(
 
 
 def grid_size(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """How many patches an image is high and wide.
+    """The height and the width of an image, in patches.
 
     Raises:
 
@@ -80,7 +80,7 @@ def grid_size(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple
 class PatchEmbedding(eqx.Module):
     """One vector for every patch of an image: a linear map of its pixels.
 
-    It is the convolution of the published models whose stride is its size; the weight of that,
+    It equals the convolution of published models, whose stride is its kernel size and whose weight,
     `[d_model, channels, height, width]`, is the transpose of `proj.weight` with axes merged.
     (Dosovitskiy et al., 2021, equation 1.)
     """
@@ -117,7 +117,7 @@ class PatchEmbedding(eqx.Module):
         self.patch_size = patch_size
 
     def grid(self, image: Float[Array, "channels height width"]) -> tuple[int, int]:
-        """How many patches an image is high and wide.
+        """The height and the width of an image, in patches.
 
         Raises:
 

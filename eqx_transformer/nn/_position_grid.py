@@ -14,15 +14,15 @@ from .._precision import accumulation_dtype
 def bicubic_matrix(size: int, new_size: int, *, antialias: bool = False) -> np.ndarray:
     """Bicubic interpolation of `size` samples at `new_size` points, as a matrix.
 
-    It is what PyTorch computes without aligned corners. Without `antialias` the kernel is that of
-    Keys (1981) with `a = -0.75`, and samples beyond the border repeat the last one. With it,
-    `a = -0.5`, the kernel widens when there are fewer points than samples, and what is beyond the
-    border has no weight.
+    It is PyTorch's with `align_corners=False`. Without `antialias` the kernel is that of Keys
+    (1981) with `a = -0.75`, and samples beyond the border repeat the last one. With it, `a = -0.5`,
+    the kernel widens when there are fewer points than samples, and samples beyond the border have
+    no weight.
 
     Arguments:
 
     - `size`: how many samples there are.
-    - `new_size`: at how many points they are wanted.
+    - `new_size`: at how many points they are interpolated.
     - `antialias`: see above.
 
     Returns:
@@ -82,7 +82,7 @@ class PositionGrid(eqx.Module):
     ):
         """Arguments:
 
-        - `grid`: how many cells it is high and wide.
+        - `grid`: the height and the width of the grid, in cells.
         - `d_model`: size of the vectors.
         - `num_prefix`: how many tokens before the grid have a vector as well.
         - `antialias`: how vectors are interpolated; see `bicubic_matrix`.
@@ -105,7 +105,7 @@ class PositionGrid(eqx.Module):
 
         Arguments:
 
-        - `grid`: how many cells it is high and wide; what the layer was built with if not given.
+        - `grid`: its height and width in cells; those that the layer was built with if not given.
         """
         if grid is None or grid == self.grid:
             return self.weight

@@ -17,13 +17,13 @@ class SinusoidalPositions(eqx.Module):
         vector[2 i]     = sin(position / theta ** (2 i / d_model))
         vector[2 i + 1] = cos(position / theta ** (2 i / d_model))
 
-    It holds numbers only, and has no longest position. (Vaswani et al., 2017, section 3.5.)
+    It has no parameters and no maximum length. (Vaswani et al., 2017, section 3.5.)
 
     Arguments:
 
     - `d_model`: size of the vectors, even.
     - `theta`: base of the wavelengths.
-    - `halves`: whether all sines come before all cosines, as in Marian, instead of in turns.
+    - `halves`: whether all sines come before all cosines, as in Marian, instead of alternating.
 
     Raises:
 
@@ -60,10 +60,10 @@ class SinusoidalPositions(eqx.Module):
 
 
 class LearnedPositions(eqx.Module):
-    """A learned vector for every position up to a longest one.
+    """A learned vector for every position below `max_len`.
 
-    A position behind the last one gives a row of NaN, as in `Embedding`; a negative one, which
-    padding on the left may have, gives zeros. (Gehring et al., 2017.)
+    A position beyond them gives a row of NaN, as in `Embedding`; a negative one, which padding on
+    the left may have, gives zeros. (Gehring et al., 2017.)
     """
 
     table: Embedding

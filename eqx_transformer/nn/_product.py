@@ -17,17 +17,17 @@ def product(
 ) -> Float[Array, "*batch out_features"]:
     """`x @ weight`, for any number of leading axes.
 
-    JAX differentiates it by the weight as `cotangent^T x`, transposed. With several leading axes,
-    as in a batch, XLA on CPU may write the first operand down transposed, and compute what led to
-    it once more on the way. Here the first is the narrower one, which takes down to a quarter of
-    the time. Everything else is JAX's own.
+    JAX computes the gradient of the weight as `cotangent^T x`, transposed. With several leading
+    axes, as in a batch, XLA on CPU may materialise the transpose of the first operand, and
+    recompute what led to it on the way. Here the narrower operand comes first, which takes as
+    little as a quarter of the time. Everything else is JAX's own.
     """
     return x @ weight
 
 
 def _product_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
     (x, weight), (dx, dweight) = primals, tangents
-    # As plain products, which a policy of `jax.checkpoint` recognises.
+    # As plain products, which policies of `jax.checkpoint` recognise.
     out = x @ weight
     terms = []
     if not isinstance(dx, SymbolicZero):
@@ -53,7 +53,7 @@ def _gradient(x: Array, cotangent: Array) -> Array:
 
 
 def _rows(size: int, x: Array, weight: Array, batched: tuple[bool, bool]) -> Array | None:
-    """A batch of inputs of one weight is an axis more of rows."""
+    """A batch of inputs to one weight is one more axis of rows."""
     return (
         linear_map(_times, _gradient, x, weight, batch=_rows) if batched == (True, False) else None
     )

@@ -11,17 +11,17 @@ from ._linear import AbstractLinear, Linear, check_linear
 
 Model = TypeVar("Model")
 
-# Up to how many rows reading the weights takes longer than to multiply with them.
+# Up to this many rows, reading the weights takes longer than multiplying by them.
 _FEW_ROWS = 8
 
 
 class Int8Linear(AbstractLinear):
     """A `Linear` whose weight is stored in eight bits: `y = (x @ values) * scale + bias`.
 
-    A quarter of the memory of float32, and of what one token has to read. Only the weight is
-    rounded: the product is the one of `x` with `weight`, to the rounding of float32, and so are its
-    derivatives with respect to `x`, `scale` and `bias`. The integers get none; an optimiser
-    sees `scale` and `bias`.
+    It takes a quarter of the memory of float32, all of which is read for every token. Only the
+    weight is rounded: the product is that of `x` with `weight`, up to the rounding of float32, and
+    so are its derivatives with respect to `x`, `scale` and `bias`. The integers have none; an
+    optimiser sees `scale` and `bias`.
     """
 
     values: Int8[Array, "*stack in_features out_features"]
@@ -32,7 +32,7 @@ class Int8Linear(AbstractLinear):
         """Arguments:
 
         - `values`: the integers, `[in_features, out_features]`.
-        - `scale`: what a step of 1 means, for every column.
+        - `scale`: the size of a step of 1, for every column.
         - `bias`: added to the product, if given.
 
         Raises:
@@ -52,19 +52,19 @@ class Int8Linear(AbstractLinear):
     def from_linear(cls, linear: AbstractLinear) -> "Int8Linear":
         """Rounds a weight, each column in steps of 1/127 of its largest entry.
 
-        An entry changes by half a step at most. Leading axes, those of a stack of layers, are kept.
+        An entry changes by at most half a step. Leading axes, those of a stack of layers, are kept.
         """
         weight = linear.weight
         wide = weight.astype(accumulation_dtype(weight.dtype))
         largest = jnp.max(jnp.abs(wide), axis=-2)
-        # In the dtype it is kept in: the integers then make up for what that rounds off.
+        # Rounded to its dtype first, so that the integers make up for that.
         scale = jnp.where(largest > 0, largest / 127, 1).astype(weight.dtype)
         steps = jnp.round(wide / jnp.expand_dims(scale.astype(wide.dtype), -2))
         return cls(jnp.clip(steps, -127, 127).astype(jnp.int8), scale, linear.bias)
 
     @property
     def weight(self) -> Float[Array, "*stack in_features out_features"]:
-        """The weight that is meant, in the dtype of `scale`; computed when it is asked for."""
+        """The weight that this represents, in the dtype of `scale`; computed on demand."""
         return self.values.astype(self.scale.dtype) * jnp.expand_dims(self.scale, -2)
 
     def __call__(
@@ -87,9 +87,8 @@ class Int8Linear(AbstractLinear):
 def quantized(model: Model, *, keep: Callable[[Model], Any] | None = None) -> Model:
     """The model with an `Int8Linear` for every `Linear`.
 
-    The tables of embeddings, norms and biases stay as they are. Text that is generated one token
-    at a time is the use: there the time goes into reading weights. Do it before `unstacked` or
-    after.
+    Embedding tables, norms and biases stay as they are. It is meant for generating text one token
+    at a time, where the time goes into reading weights. Apply it before `unstacked` or after.
 
     Arguments:
 
@@ -127,7 +126,7 @@ def quantized(model: Model, *, keep: Callable[[Model], Any] | None = None) -> Mo
 
 @jax.custom_jvp
 def _product(x: Array, values: Array) -> Array:
-    """`x @ values`, accumulated in float32 or wider and returned so."""
+    """`x @ values`, accumulated and returned in float32 or wider."""
     if x.size // x.shape[-1] > _FEW_ROWS or jnp.finfo(x.dtype).bits > 32:
         return _converted(x, values)
     return jax.lax.platform_dependent(x, values, cpu=_by_digits, default=_converted)
@@ -136,7 +135,7 @@ def _product(x: Array, values: Array) -> Array:
 @_product.defjvp
 def _product_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
     x, values = primals
-    # The digits are how the product is computed, and not what it is.
+    # Digits are a way to compute the product; its derivative does not depend on them.
     return _product(x, values), _converted(tangents[0], values)
 
 
@@ -148,10 +147,10 @@ def _converted(x: Array, values: Array) -> Array:
 def _by_digits(x: Array, values: Array) -> Array:
     """The product in integers only.
 
-    XLA on CPU does not convert inside of a product: for one row it would first write the weights
-    out in float32, or keep them so throughout a loop. So each row is written in three digits of
-    base 254, which is as exact as float32 next to the largest entry of the row. Three rows take as
-    long as one: the time goes into reading `values`.
+    XLA on CPU does not convert inside a product: for one row it would first write the weights out
+    in float32, or keep them so throughout a loop. So each row is written in three digits of base
+    254, as exact as float32 relative to the largest entry of the row. Three rows take as long as
+    one: the time goes into reading `values`.
     """
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)

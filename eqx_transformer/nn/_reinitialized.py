@@ -19,10 +19,11 @@ def reinitialized(
     where: Callable[[Any], Any] = lambda module: module,
     key: PRNGKeyArray,
 ) -> Module:
-    """The module with weights of its `Linear` layers drawn anew, and biases zero.
+    """The module with the weights of its `Linear` layers drawn anew, and biases zero.
 
-    `reinitialized(model, jax.nn.initializers.truncated_normal(0.02), key=key)` begins a model as
-    ViT does; weights stacked over layers are drawn one by one. Those of a `Modulation` stay zero.
+    `reinitialized(model, jax.nn.initializers.truncated_normal(0.02), key=key)` initialises a model
+    like ViT; weights stacked over layers are drawn layer by layer. Those of a `Modulation` stay
+    zero.
 
     Arguments:
 

@@ -1,4 +1,4 @@
-"""Keys and values of the positions inside of a window."""
+"""Keys and values of the positions inside a window."""
 
 from typing import Any
 
@@ -22,12 +22,12 @@ _SPARE = 32
 
 
 class RingCache(eqx.Module):
-    """The keys and values of the last positions of one attention layer with a window, as a value.
+    """The keys and values of the last positions, for one attention layer with a window.
 
-    Position `i` is in slot `i % slots`, where it takes the place of the one that was `slots`
-    earlier: memory is that of the window, however long the sequence. There are some slots more than
-    the window has positions, so that the last tokens can be taken back. Every method returns a new
-    cache and leaves the old one valid.
+    Position `i` is in slot `i % slots`, where it replaces position `i - slots`: memory is that of
+    the window, however long the sequence. There are a few more slots than positions in the window,
+    so that the last tokens can be taken back. Every method returns a new cache and leaves the old
+    one valid.
 
     Arguments:
 
@@ -66,7 +66,7 @@ class RingCache(eqx.Module):
 
     @staticmethod
     def saves_memory(window: int, max_len: int) -> bool:
-        """Whether a window is so small that this is smaller than a cache of all positions."""
+        """Whether this is smaller than a cache of all positions."""
         return window + _SPARE < max_len
 
     def extended(
@@ -75,7 +75,7 @@ class RingCache(eqx.Module):
         v: Float[Array, "seq kv_heads head_dim"],
         length: int | Int[Array, ""] | None = None,
     ) -> tuple["RingCache", Array, Array, Int[Array, " kv_seq"]]:
-        """The cache with the next positions, and what these may look at.
+        """The cache with the next positions, and the keys and values that these may attend to.
 
         Arguments:
 
@@ -99,7 +99,7 @@ class RingCache(eqx.Module):
         new = jnp.where(valid, self.length + rows, -1)
         kept = (jnp.where(valid[:, None, None], x, 0) for x in (k, v))
         added = (*(heads_first(stored(x, self.k.dtype)) for x in kept), new)
-        # Of positions that would fall into one slot, the last.
+        # Only the last of the new positions that share a slot.
         last = valid & (rows >= count - slots)
         places = jnp.where(last, new % slots, slots)
 
@@ -108,7 +108,7 @@ class RingCache(eqx.Module):
             if seq > 1:
                 at = (slice(None),) * axis + (places,)
                 return old.at[at].set(rows, mode="drop", unique_indices=True)
-            # One row is written where it is, or what is there is.
+            # Writes one row: the new one or, if that is padding, the one that is there.
             start = self.length % slots
             row = jnp.where(valid[0], rows, lax.dynamic_slice_in_dim(old, start, 1, axis))
             return lax.dynamic_update_slice_in_dim(old, row, start, axis)
@@ -117,7 +117,7 @@ class RingCache(eqx.Module):
         k, v, positions = jax.tree.map(write, before, added)
         cache = RingCache(k, v, positions, self.length + count, self.window)
         if seq - 1 > slots - self.window:
-            # The first of so many needs positions whose slots the last of them take.
+            # The first new position needs old ones whose slots the last new ones take.
             k, v, positions = jax.tree.map(
                 lambda old, new: jnp.concatenate([old, new], slots_axis(old)), before, added
             )
@@ -130,11 +130,11 @@ class RingCache(eqx.Module):
         Raises:
 
         - An error, at run time under `jax.jit`, if `length` is negative or more than there are, or
-            if so many are taken back that positions inside of the window are lost.
+            if so many are taken back that positions inside the window are lost.
         """
         new = jnp.broadcast_to(jnp.asarray(length, jnp.int32), self.length.shape)
         slots = self.positions.shape[-1]
-        # What was taken back before is not held either: the oldest is not `length - slots`.
+        # Positions taken back before have left empty slots: the oldest is not `length - slots`.
         held = self.positions >= 0
         oldest = jnp.min(jnp.where(held, self.positions, self.length[..., None]), axis=-1)
         lost = oldest > jnp.maximum(new - self.window + 1, 0)
@@ -145,5 +145,5 @@ class RingCache(eqx.Module):
             f"{slots - self.window + 1} positions can be taken back in all.",
         )
         positions = jnp.where(self.positions < new[..., None], self.positions, -1)
-        # Not by the constructor, which would not have the arrays of a stack of layers.
+        # Not by the constructor, which does not accept the arrays of a stack of layers.
         return eqx.tree_at(lambda cache: (cache.length, cache.positions), self, (new, positions))

@@ -24,8 +24,8 @@ def apply_rope(
 ) -> Float[Array, "seq heads head_dim"]:
     """Rotates pairs of features by angles proportional to the position.
 
-    With `half = rotary_dim / 2`, pair `i` is turned by the angle `position * theta ** (-i / half)`.
-    It is made of features `i` and `i + half`, which is the layout of the Llama weights that Hugging
+    With `half = rotary_dim / 2`, pair `i` is rotated by `position * theta ** (-i / half)`. It
+    consists of features `i` and `i + half`, which is the layout of the Llama weights that Hugging
     Face distributes, or, `interleaved`, of the neighbours `2 i` and `2 i + 1`, which is that of the
     paper. (Su et al., RoFormer, 2021, equation 34.)
 
@@ -58,7 +58,7 @@ def apply_rope(
 class RoPE(eqx.Module):
     """Rotary position embedding as a value: see `apply_rope`.
 
-    It holds numbers only, no tables: nothing here is a parameter.
+    It has no parameters and no tables.
 
     Arguments:
 

@@ -1,7 +1,7 @@
 """How the wavelengths of rotary positions change for sequences longer than those of training.
 
 Each is a few numbers and a map from the frequencies of the pairs (radians per position, the fastest
-first) to others, with a factor on queries and keys. None of them has parameters.
+first) to new ones, with a factor on queries and keys. None of them has parameters.
 """
 
 import abc
@@ -22,7 +22,7 @@ class AbstractRoPEScaling(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, frequency: np.ndarray, theta: float | int, length: Any) -> tuple[Any, float]:
-        """The frequencies instead of `frequency`, and the factor on queries and keys.
+        """The frequencies that replace `frequency`, and the factor on queries and keys.
 
         Arguments:
 
@@ -48,15 +48,15 @@ class LinearScaling(AbstractRoPEScaling):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DynamicScaling(AbstractRoPEScaling):
-    """A larger base the longer the sequence is, from `original_max_len` on.
+    """A base that grows with the length of the sequence, from `original_max_len` on.
 
         theta' = theta * (factor * length / original_max_len - (factor - 1)) ** (d / (d - 2))
 
-    with `d` rotated features, which divides the lowest frequency by that number and leaves the
-    highest. All positions of a sequence use its length, so a cache equals the forward only while
-    no more than `original_max_len` positions are in it, or one call has brought them all: the
-    deeper layers of a shorter call saw other angles. ("NTK-aware" scaling, bloc97, 2023; Peng et
-    al., YaRN, 2024, appendix B.1 and section 3.3.)
+    with `d` rotated features, which divides the lowest frequency by the number in parentheses and
+    leaves the highest. All positions of a sequence use its length, so decoding with a cache equals
+    the forward pass only up to `original_max_len` positions, or if one call adds them all: in
+    earlier, shorter calls the deeper layers saw other angles. ("NTK-aware" scaling, bloc97, 2023;
+    Peng et al., YaRN, 2024, appendix B.1 and section 3.3.)
     """
 
     needs_length: ClassVar[bool] = True
@@ -83,7 +83,7 @@ class DynamicScaling(AbstractRoPEScaling):
 class Llama3Scaling(AbstractRoPEScaling):
     """Long wavelengths are multiplied by `factor`, short ones kept, those between interpolated.
 
-    A wavelength is long that fits less than `low_freq_factor` times into `original_max_len`, and
+    A wavelength is long if it fits fewer than `low_freq_factor` times into `original_max_len`, and
     short if it fits more than `high_freq_factor` times. (Grattafiori et al., The Llama 3 Herd of
     Models, 2024; as in Meta's code for Llama 3.1.)
     """
@@ -114,8 +114,8 @@ class Llama3Scaling(AbstractRoPEScaling):
 class YaRNScaling(AbstractRoPEScaling):
     """Slow pairs turn `factor` times slower, fast ones as before, with a linear ramp between.
 
-    Pairs are fast that turn more than `beta_fast` times within `original_max_len` positions, and
-    slow that turn less than `beta_slow` times; the ramp is linear in the index of the pair. Queries
+    Fast pairs turn more than `beta_fast` times within `original_max_len` positions, slow pairs
+    fewer than `beta_slow` times; the ramp is linear in the index of the pair. Queries
     and keys are multiplied by `attention_factor`, by default `0.1 ln(factor) + 1`. (Peng et al.,
     YaRN, 2024, equations 20 to 23.)
 
@@ -159,7 +159,7 @@ class YaRNScaling(AbstractRoPEScaling):
 
     @property
     def score_factor(self) -> float:
-        """What `LatentAttention` multiplies scores with."""
+        """The factor by which `LatentAttention` multiplies scores."""
         return self._magnitude(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
 
     def __call__(self, frequency: np.ndarray, theta: float | int, length: Any) -> tuple[Any, float]:
@@ -167,7 +167,7 @@ class YaRNScaling(AbstractRoPEScaling):
         half = frequency.shape[0]
 
         def pair(turns: float | int) -> float:
-            """The index of the pair that turns so often, not rounded."""
+            """The index of the pair that turns this many times, not rounded."""
             return half * math.log(self.original_max_len / (turns * 2 * math.pi)) / math.log(theta)
 
         low, high = pair(self.beta_fast), pair(self.beta_slow)
@@ -191,9 +191,9 @@ class LongRoPEScaling(AbstractRoPEScaling):
     """Every wavelength is multiplied by a number of its own, found by search.
 
     `short_factors` are for sequences of up to `original_max_len`, `long_factors` for all positions
-    of longer ones. So a cache equals the forward unless it grows over that length; where it does,
-    earlier positions keep what deeper layers made of them with the short ones. Give the same
-    factors twice where that matters. Queries and keys are multiplied by `attention_factor`, by
+    of longer ones. So decoding with a cache equals the forward pass unless it crosses that length;
+    if it does, earlier positions keep what deeper layers computed with the short factors. Give the
+    same factors twice where that matters. Queries and keys are multiplied by `attention_factor`, by
     default `sqrt(1 + ln(factor) / ln(original_max_len))`. (Ding et al., LongRoPE, 2024.)
 
     Arguments:

@@ -28,7 +28,7 @@ class SliceAttention(AbstractAttention):
         z = attention(q_proj(z), k_proj(z), v_proj(z))                  of slices to slices
         y[i] = o_proj(sum_s w[i, s] z[s])
 
-    The cost is linear in the number of points, whose order means nothing. Temperatures are
+    The cost is linear in the number of points, whose order does not matter. Temperatures are
     `softplus` of a parameter of the head, initially 1/2. (Wu et al., Transolver, 2024, section
     3.2.)
 
@@ -73,10 +73,11 @@ class SliceAttention(AbstractAttention):
         """Arguments:
 
         - `d_model`: size of the input and the output.
-        - `num_heads`: how many heads; slices of one have nothing to do with those of another.
+        - `num_heads`: how many heads, each with its own slices.
         - `num_slices`: how many slices a head has.
         - `head_dim`: size of a head; `d_model / num_heads` if not given.
-        - `adaptive_temperature`: whether the temperature depends on the point, to begin with not.
+        - `adaptive_temperature`: whether the temperature depends on the point (initially it does
+            not).
         - `gumbel`: whether Gumbel noise is added before the softmax, except in inference.
         - `separate_values`: whether what is gathered is a projection of its own.
         - `use_bias`: whether projections of points have biases; those of slices have none.
@@ -142,7 +143,7 @@ class SliceAttention(AbstractAttention):
         Arguments:
 
         - `x`: the points.
-        - `mask`: `Padding(valid)` where some are padding; no other mask means anything here.
+        - `mask`: `Padding(valid)` where some are padding; no other mask is possible.
         - `positions`: must not be given; points have no order.
         - `key`: for Gumbel noise and dropout; needed if there is any, unless `inference` is set.
         """
@@ -159,7 +160,7 @@ class SliceAttention(AbstractAttention):
         noise_key, dropout_key = (None, None) if key is None else jax.random.split(key)
         valid = padding_flags("SliceAttention", mask, x.shape[0])
         if valid is not None:
-            # NaN in padding must not reach a gradient either, by a product with zero.
+            # NaN in padding must not reach a gradient either, through a product with zero.
             x = jnp.where(valid[:, None], x, 0)
         heads = (x.shape[0], self.h_proj.weight.shape[1] // self.head_dim, self.head_dim)
         h = self.h_proj(x).reshape(heads)
@@ -181,7 +182,7 @@ class SliceAttention(AbstractAttention):
         return self.o_proj(y.reshape(heads[0], heads[1] * heads[2]))
 
     def init_cache(self, max_len: int, dtype: DTypeLike | None = None) -> NoReturn:
-        """Not possible: every point changes every slice, so there are no earlier points to keep."""
+        """Not possible: every point changes every slice, so there is nothing to cache."""
         raise ValueError(
             "SliceAttention: there is no cache, since every point changes every slice; call the "
             "layer with all points."

@@ -1,4 +1,4 @@
-"""Few tokens for many points: each gathers what is around it."""
+"""Few tokens for many points: each pools the points around it."""
 
 from collections.abc import Callable
 
@@ -25,20 +25,20 @@ def nearest_neighbours(
 ) -> tuple[Int[Array, "centres neighbours"], Bool[Array, "centres neighbours"]]:
     """The points nearest to each centre, nearest first.
 
-    All distances are computed, so memory is `O(centres * points)`. Which points are near does not
-    vary smoothly; nothing here is differentiated.
+    All distances are computed, so memory is `O(centres * points)`. The choice of neighbours is
+    discrete, so nothing here is differentiated.
 
     Arguments:
 
-    - `points`, `centres`: where they are.
+    - `points`, `centres`: their coordinates.
     - `num_neighbours`: how many points at most.
     - `radius`: how far away they may be; no limit if not given.
-    - `valid`: which points are no padding.
+    - `valid`: which points are not padding.
 
     Returns:
 
-    Indices of points, and whether they are neighbours at all: with few points within the radius
-    there are fewer.
+    Indices of points, and which of them are neighbours at all: there may be fewer points within the
+    radius.
 
     Raises:
 
@@ -47,13 +47,13 @@ def nearest_neighbours(
     if points.shape[1] != centres.shape[1]:
         raise ValueError(
             f"nearest_neighbours: points have {points.shape[1]} coordinates, centres "
-            f"{centres.shape[1]}; they must be places in the same space."
+            f"{centres.shape[1]}; they must be points in the same space."
         )
     if num_neighbours < 1:
         raise ValueError(f"nearest_neighbours: num_neighbours={num_neighbours} must be at least 1.")
     points, centres = jax.lax.stop_gradient((points, centres))
     wide = accumulation_dtype(points.dtype)
-    # Differences, not the expanded square: that cancels for points far from the origin.
+    # Differences, not the expanded square, which suffers from cancellation far from the origin.
     squares = [
         (centres[:, i].astype(wide)[:, None] - points[:, i].astype(wide)[None, :]) ** 2
         for i in range(points.shape[1])
@@ -73,7 +73,7 @@ class SupernodePooling(eqx.Module):
         m(i, s) = activation(point_proj(e(i)) + centre_proj(e(s)))
         y[s] = down_proj(mean of m(i, s) over the neighbours i of s)
 
-    This is the mean of an MLP of `[e(i), e(s)]`, with what is linear done once for a point.
+    This is the mean of an MLP of `[e(i), e(s)]`, with its linear parts computed once per point.
     Supernodes are points themselves. A supernode always has a neighbour, itself, unless it is
     padding: then its vector is zero. (Alkin et al., Universal Physics Transformers, 2024, section
     3.1.)
@@ -106,7 +106,7 @@ class SupernodePooling(eqx.Module):
 
         - `num_dims`: how many coordinates a point has.
         - `d_model`: size of the vectors.
-        - `num_features`: how many numbers are known at a point besides; may be none.
+        - `num_features`: how many features a point has besides its coordinates; may be 0.
         - `num_neighbours`: how many points send messages to a supernode at most, the nearest.
         - `radius`: how far away they may be; no limit if not given.
         - `theta`: base of the wavelengths of coordinates; see `SinusoidalCoordinates`.
@@ -154,12 +154,12 @@ class SupernodePooling(eqx.Module):
         - `coordinates`: where the points are.
         - `supernodes`: which points are supernodes, e.g. `jax.random.choice(key, points, (n,),
             replace=False)`.
-        - `features`: what is known at the points besides.
+        - `features`: of the points, besides their coordinates.
         - `mask`: `Padding(valid)` where some points are padding.
 
         Raises:
 
-        - `ValueError` if there are features but the layer has no use for them, or the reverse.
+        - `ValueError` if there are features but the layer takes none, or the reverse.
         """
         if (features is None) != (self.feature_proj is None):
             raise ValueError(
@@ -171,7 +171,7 @@ class SupernodePooling(eqx.Module):
             )
         valid = padding_flags("SupernodePooling", mask, coordinates.shape[0])
         if valid is not None:
-            # NaN in padding must not reach a gradient either, by a product with zero.
+            # NaN in padding must not reach a gradient either, through a product with zero.
             coordinates = jnp.where(valid[:, None], coordinates, 0)
             features = None if features is None else jnp.where(valid[:, None], features, 0)
         dtype = self.point_proj.weight.dtype if features is None else features.dtype
@@ -190,7 +190,7 @@ class SupernodePooling(eqx.Module):
         )
         wide = accumulation_dtype(messages.dtype)
         messages = jnp.where(near[:, :, None], messages.astype(wide), 0)
-        # A supernode that is padding may be near others, and is none all the same.
+        # A supernode that is padding may have neighbours, but its vector is zero all the same.
         alive = near.any(axis=1) if valid is None else near.any(axis=1) & valid[supernodes]
         count = jnp.maximum(near.sum(axis=1), 1).astype(wide)
         mean = (messages.sum(axis=1) / count[:, None]).astype(dtype)

@@ -14,8 +14,8 @@ class TokenSpec:
     Arguments:
 
     - `name`: of the group; any.
-    - `size`: how many tokens of the input belong to it. `None`: none of them, and if others attend
-        to it, then to its keys and values in a cache.
+    - `size`: how many tokens of the input belong to it. `None`: it is not in the input, and groups
+        that attend to it use its keys and values in a cache.
 
     Raises:
 
@@ -57,7 +57,7 @@ class TokenSpec:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionPattern:
-    """Tokens of the first groups attend to tokens of the second: to all of them, and no others.
+    """Every token of the query groups attends to all tokens of the key-value groups, and no others.
 
     Arguments:
 
@@ -95,7 +95,7 @@ class AnchorBranch:
     Arguments:
 
     - `anchors`: name of the group of anchors.
-    - `queries`: names of the groups that are none.
+    - `queries`: names of the groups of queries.
     """
 
     anchors: str
@@ -112,7 +112,7 @@ class AnchorBranch:
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """The names of its groups, that of the anchors first."""
+        """The names of its groups, anchors first."""
         return (self.anchors, *self.queries)
 
 
@@ -147,7 +147,7 @@ def joint_patterns(branches: Sequence[AnchorBranch]) -> tuple[AttentionPattern, 
 
 
 def group_mask(tokens: Sequence[TokenSpec], patterns: Sequence[AttentionPattern]) -> TokenGroups:
-    """The mask that says what patterns say, for an input that has every group.
+    """The mask equivalent to `patterns`, for an input that has every group.
 
     Raises:
 
@@ -157,8 +157,8 @@ def group_mask(tokens: Sequence[TokenSpec], patterns: Sequence[AttentionPattern]
     absent = [spec.name for spec in tokens if spec.size is None]
     if absent:
         raise ValueError(
-            f"group_mask: the groups {absent} have size=None; a mask is over all tokens that are "
-            "attended to, so give how many there are."
+            f"group_mask: the groups {absent} have size=None; a mask covers all tokens that are "
+            "attended to, so give their sizes."
         )
     check_tokens("group_mask", tokens, patterns, None, ())
     reads = {name: p.key_value_tokens for p in patterns for name in p.query_tokens}
@@ -198,7 +198,7 @@ def check_tokens(
     for name in present:
         if name not in queried:
             raise ValueError(
-                f"{owner}: no pattern says what {name!r} attends to; patterns have the queries "
+                f"{owner}: no pattern has {name!r} among its query_tokens; patterns have "
                 f"{sorted(queried)}."
             )
         if name in cached:
@@ -212,7 +212,7 @@ def check_tokens(
         for name in pattern.key_value_tokens:
             if name not in names:
                 raise ValueError(
-                    f"{owner}: {tuple(pattern.query_tokens)} attend to {name!r}, which is none "
+                    f"{owner}: {tuple(pattern.query_tokens)} attend to {name!r}, which is not one "
                     f"of the groups {names}; with size=None it is taken from the cache."
                 )
             if name not in present and name not in cached:

@@ -12,15 +12,15 @@ from ._rules import Rules
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(AbstractConfig):
-    """The numbers of a mesh, for those who keep them in a file.
+    """The sizes of a mesh, as a configuration that can be kept in a file.
 
-    One of the axes may be -1: it gets the devices that are left.
+    One of the axes may be -1: it gets the remaining devices.
     """
 
     pipe: int = 1
-    """Parts of the layers, and of the batch outside of them."""
+    """Parts of the layers, and of the batch outside them."""
     data: int = -1
-    """Parts of the batch, with all parameters each."""
+    """Parts of the batch, each with all parameters."""
     fsdp: int = 1
     """Parts of the batch, over which the parameters are split as well."""
     tensor: int = 1
@@ -30,7 +30,7 @@ class ParallelConfig(AbstractConfig):
     context: int = 1
     """Parts of every sequence."""
     fsdp_min_size: int = 2**18
-    """From how many elements on a parameter is split over `fsdp`."""
+    """The fewest elements with which a parameter is split over `fsdp`."""
 
     def check(self) -> None:
         sizes = self._sizes()
@@ -66,7 +66,7 @@ class ParallelConfig(AbstractConfig):
             raise ValueError(
                 f"ParallelConfig: {', '.join(f'{k}={v}' for k, v in sizes.items())} are for "
                 f"{'a multiple of ' if -1 in sizes.values() else ''}{known} devices, but there are "
-                f"{len(devices)}; change one of them, or pass as many devices."
+                f"{len(devices)}; change one of the sizes, or pass that many devices."
             )
         sizes = {name: rest if size == -1 else size for name, size in sizes.items()}
         kinds = (AxisType.Auto,) * len(sizes)

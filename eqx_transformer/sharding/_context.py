@@ -29,27 +29,29 @@ def context_parallel(
         inputs = jax.device_put(inputs, batch_sharding(mesh, sequence=True))
 
     Attention is `ring_attention`: every device keeps its queries, and keys and values go from
-    neighbour to neighbour, so no device ever has those of the whole sequence. All else is
-    computed for each position on its own, and stays where it is. Only the mesh axis `rules.context`
-    is taken from the compiler; over the batch is mapped with `jax.vmap`, as on one device.
+    neighbour to neighbour, so no device ever has those of the whole sequence. Everything else is
+    computed for each position on its own, without communication. Only the mesh axis `rules.context`
+    is manual, the others are left to the compiler; map over the batch with `jax.vmap`, as on one
+    device.
 
     Positions, masks and score mods are those of the whole sequence, and masks with arrays
     (`Segments`, `Padding`) cover it in its original order. `Attention`, `LatentAttention` and
-    `CrossAttention` are replaced; how they computed attention before does not matter. Others are
-    left to the compiler, which gathers what they need. On a mesh without the axis nothing changes.
+    `CrossAttention` are adapted, whatever their `attention_fn` was. Other layers are left to the
+    compiler, which gathers what they need. On a mesh without the axis nothing changes.
 
     Arguments:
 
     - `model`: the model.
-    - `mesh`, `rules`: those it was placed with.
+    - `mesh`, `rules`: those that the model was placed with.
     - `layout`: how sequences lie on the devices, `"contiguous"` or `"zigzag"`. With the second,
         under a causal mask, all devices have the same work. Then give the model `tokens[order]`
-        with `positions=order`, both made with `zigzag_order`, and the loss `targets[order]`.
+        with `positions=order`, where `order` is that of `zigzag_order`, and the loss
+        `targets[order]`.
 
     Raises:
 
-    - `ValueError` if there is no attention in the model. In a call, for a sequence that the devices
-        do not divide, a zigzag layout without positions, or dropout of attention weights.
+    - `ValueError` if there is no attention in the model. In a call, for a sequence that is not a
+        multiple of the devices, a zigzag layout without positions, or dropout of attention weights.
     """
     rules = check_axes(mesh, rules)
     if layout not in ("contiguous", "zigzag"):
@@ -63,7 +65,7 @@ def context_parallel(
         if not isinstance(x, layers):
             return x
         found.append(x)
-        # Where no positions are given, a source counts as contiguous: they are places in an array.
+        # A source has no positions of its own, so it counts as contiguous: they are indices.
         own: Layout = "contiguous" if isinstance(x, CrossAttention) else layout
         ring = _RingAttention(auto(mesh), rules.context or "", own)
         return eqx.tree_at(lambda x: x.attention_fn, x, ring)
@@ -110,13 +112,13 @@ class _RingAttention:
                 )
         if self.layout == "zigzag" and q_positions is None:
             raise ValueError(
-                "context_parallel: with layout='zigzag' tokens are in another order, which the "
-                "model must be told: model(tokens[order], positions=order)."
+                "context_parallel: with layout='zigzag' tokens are in another order, so the model "
+                "needs their positions: model(tokens[order], positions=order)."
             )
         if dropout_rate > 0:
             raise ValueError(
                 f"context_parallel: attention weights are not dropped on a ring, but dropout_rate="
-                f"{dropout_rate}; build the model without, or use eqx.nn.inference_mode(model)."
+                f"{dropout_rate}; build the model with 0, or use eqx.nn.inference_mode(model)."
             )
         arrays, static = eqx.partition((mask, score_mod, sinks), eqx.is_array)
 

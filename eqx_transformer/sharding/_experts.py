@@ -35,10 +35,10 @@ def expert_parallel(
     that has their expert, and their results back. (Lepikhin et al., GShard, 2020.) All examples of
     a device are sent together.
 
-    Nothing is dropped, and results are those of one device. As much room as is sent at once must be
-    known ahead of time, how many rows choose an expert is not: what does not fit is sent in another
-    round, and there are as many rounds as the fullest device needs. For the backward pass rows are
-    sent once more, and nothing that was received is kept.
+    Nothing is dropped, and results are those of one device. The size of the buffers must be known
+    at compile time, but how many rows choose an expert is not: rows that do not fit are sent in
+    another round, and there are as many rounds as the fullest device needs. The backward pass sends
+    the rows once more; nothing that was received is kept for it.
 
     Layers with a `capacity_factor` are left as they are: their buffers have one size for each
     expert, and the compiler exchanges these. On a mesh without the axis nothing changes.
@@ -46,14 +46,14 @@ def expert_parallel(
     Arguments:
 
     - `model`: the model.
-    - `mesh`, `rules`: those it was placed with.
-    - `buffer_factor`: how many rows are sent to a device at once, relative to what it gets if all
-        get the same. It changes speed and memory alone.
+    - `mesh`, `rules`: those that the model was placed with.
+    - `buffer_factor`: how many rows are sent to a device at once, relative to a uniform
+        distribution. It affects only speed and memory.
 
     Raises:
 
     - `ValueError` if `buffer_factor` is not positive, there is no such layer in the model, or the
-        devices do not divide the experts of one.
+        experts of one are not a multiple of the devices.
     """
     rules = check_axes(mesh, rules)
     if not 0 < buffer_factor < math.inf:
@@ -88,14 +88,14 @@ def expert_parallel(
 
 @dataclasses.dataclass(frozen=True)
 class _Exchange:
-    """Rows through the experts of other devices, as a loop of `grouped_map`.
+    """Applies the experts of other devices to rows, as the `loop` of `grouped_map`.
 
-    Derivatives of a loop are loops again, so this is all there is to say about them, too.
+    Derivatives of a `grouped_map` run the same loop, so no other rule is needed for them.
     """
 
     mesh: Mesh
     axes: tuple[str, ...]
-    """Over which rows are split."""
+    """The mesh axes over which rows are split."""
     expert: str
     buffer_factor: float
 
@@ -103,13 +103,13 @@ class _Exchange:
         self, block: Block, num_groups: int, params: PyTree, rows: PyTree, groups: Array
     ) -> tuple[PyTree, PyTree]:
         mesh = mesh_here(self.mesh)
-        # Inside of a pipeline the batch is not split over its stages.
+        # Inside a pipeline the batch is not split over its stages.
         axes = tuple(name for name in self.axes if name not in mesh.manual_axes)
         devices = math.prod(mesh_size(mesh, name) for name in axes)
         if {x.shape[0] for x in jax.tree.leaves(params)} - {num_groups}:
             raise ValueError(
-                "expert_parallel: there is no gradient of experts for every example; take that of "
-                "a whole batch, outside of jax.vmap."
+                "expert_parallel: gradients of experts cannot be computed per example; take the "
+                "gradient of a whole batch, outside jax.vmap."
             )
         num_rows = groups.shape[0]
         missing = -num_rows % devices
@@ -143,11 +143,11 @@ class _Exchange:
         rows: PyTree,
         groups: Int[Array, " rows"],
     ) -> tuple[PyTree, PyTree]:
-        """The rows of one device through all experts, and all rows of its experts."""
+        """Sends the rows of one device to all experts, and applies its experts to their rows."""
         devices = jax.lax.axis_size(self.expert)
         own, num_rows = num_groups // devices, groups.shape[0]
         size = min(num_rows, math.ceil(self.buffer_factor * num_rows / devices))
-        # Rows that go nowhere are sorted past the last device, as they are past the last group.
+        # Rows of no group are sorted past the last device, since they are past the last group.
         order, _, starts = sorted_by_group(groups // own, devices)
         rounds = jax.lax.pmax(-(-jnp.diff(starts).max() // size), axes)
 

@@ -1,4 +1,4 @@
-"""Parameters that rest split over devices, and are gathered for the moment they are used."""
+"""Parameters that are stored split over devices, and gathered only while they are used."""
 
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,15 +29,15 @@ def gathered(
     Without it the compiler is free to leave a weight split and to gather the activations, of all
     examples, instead, and where those are small it does. With it every device gathers a weight when
     its layer is computed, and once more for its gradient, and computes on its own examples.
-    Gradients come out split as the parameters are, on any mesh.
+    Gradients are split like the parameters, on any mesh.
 
-    The result is for computing: save, and differentiate with respect to, what it is made of. It
-    is not for use inside `jax.shard_map`.
+    The result is only for computing: save the original model, and differentiate with respect to it.
+    Do not use it inside `jax.shard_map`.
 
     Arguments:
 
     - `model`: the model, inside `jax.jit`.
-    - `mesh`, `rules`: those it was placed with.
+    - `mesh`, `rules`: those that the model was placed with.
     - `dtype`: what parameters are rounded to while they travel, e.g. bfloat16 for half the bytes.
         Layers get them in their own dtype.
     """
@@ -72,7 +72,7 @@ def gathered(
 
 
 class _Gather(NamedTuple):
-    """From how an array in one layer rests to how it is used."""
+    """From the sharding in which an array of one layer is stored to that in which it is used."""
 
     rest: NamedSharding
     use: NamedSharding
@@ -82,9 +82,9 @@ class _Gather(NamedTuple):
         mesh, dtype = mesh_here(self.rest.mesh), x.dtype
         names = {name for entry in self.rest.spec for name in axis_names(entry)}
         if names.intersection(mesh.manual_axes):
-            return x  # It was gathered where these axes were taken from the compiler.
+            return x  # It was gathered where these axes became manual.
         x = x.astype(self.dtype)
-        # Both: between them it travels, in this dtype, and its cotangent back.
+        # Both constraints: between them it travels, in this dtype, as does its cotangent.
         for sharding in (self.rest, self.use):
             more = (P.UNCONSTRAINED,) * (x.ndim - len(sharding.spec))  # axes that count layers
             spec = P(*more, *sharding.spec)
@@ -118,7 +118,7 @@ class _GatheredLinear(AbstractLinear):
         def apply(params: Any, x: Array) -> Array:
             return self._gathered(eqx.combine(params, static))(x)
 
-        # Reverse mode would keep the gathered weights of all layers otherwise.
+        # Otherwise reverse mode would keep the gathered weights of all layers.
         return jax.checkpoint(apply)(params, x)
 
     def _gathered(self, base: AbstractLinear) -> AbstractLinear:

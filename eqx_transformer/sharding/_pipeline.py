@@ -31,28 +31,29 @@ def pipeline_parallel(
             return cross_entropy(jax.vmap(model)(tokens), ...)
 
     Every device along the mesh axis `rules.pipe` has an equal part of the layers of each `Stack`: a
-    stage. A batch is cut into micro-batches; as soon as a stage is done with one, it hands it to
-    the next stage and takes up another. (GPipe; Huang et al., 2019.) All devices wait in the first
-    and last steps: with `P` stages and `M` micro-batches for a share of `(P - 1) / (M + P - 1)` of
-    the time, forward and backward. Results are those of the stack.
+    stage. A batch is cut into micro-batches; as soon as a stage is done with one, it passes it to
+    the next stage and starts another. (GPipe; Huang et al., 2019.) Devices idle while the pipeline
+    fills and drains: with `P` stages and `M` micro-batches, for `(P - 1) / (M + P - 1)` of the
+    time, forward and backward. Results are those of the stack.
 
-    Only this axis is taken from the compiler; what is split over others stays so. `jax.vmap` maps
-    over the whole batch, from which micro-batches are cut; differentiate outside of it, because
-    reverse mode for one example, or for every example on its own, is an error. What a stage keeps
-    for the backward pass, `remat` of the stack says.
+    Only this axis is manual; what is split over others stays so. `jax.vmap` maps over the whole
+    batch, from which micro-batches are cut; differentiate outside it, because reverse mode for one
+    example, or for every example on its own, is an error. The `remat` of the stack decides what a
+    stage keeps for the backward pass.
 
-    On a mesh without the axis nothing changes. Caches are filled with the model as it was.
+    On a mesh without the axis nothing changes. To fill caches, use the original model.
 
     Arguments:
 
     - `model`: the model, or a `Stack`.
-    - `mesh`, `rules`: those it was placed with.
-    - `num_microbatches`: into how many parts a batch is cut; a multiple of the number of stages.
+    - `mesh`, `rules`: those that the model was placed with.
+    - `num_microbatches`: how many parts a batch is cut into; a multiple of the number of stages.
 
     Raises:
 
-    - `ValueError` if the stages are no equal parts, there are no stacks, or `num_microbatches` is
-        not a multiple of their number. In a call, if it does not divide the batch.
+    - `ValueError` if layers cannot be divided into equal stages, there are no stacks, or
+        `num_microbatches` is not a multiple of the number of stages. In a call, if it does not
+        divide the batch.
     """
     rules = check_axes(mesh, rules)
     stages = mesh_size(mesh, rules.pipe)
@@ -129,7 +130,7 @@ class _Pipeline:
                     "pipeline_parallel: the layers themselves are batched; map over examples only."
                 )
             x, *rest = given
-            if not given_batched[0]:  # learnt queries, say, that all examples begin with
+            if not given_batched[0]:  # e.g. learned queries, which all examples begin with
                 x = jnp.broadcast_to(x[None], (size, *x.shape))
             given, given_batched = (x, *rest), (True, *given_batched[1:])
             out = self._pipeline(scan, layers, given, given_batched, size)
@@ -151,7 +152,7 @@ class _Pipeline:
             raise ValueError(
                 f"pipeline_parallel: num_microbatches={count} does not divide the batch of {size}."
             )
-        # Some examples of every device that has any are in every micro-batch: so none moves.
+        # Every micro-batch has examples of every device that has any, so that none has to move.
         parts = (stages, size // count, count // stages)
 
         def cut(x: Array) -> Array:
@@ -169,7 +170,7 @@ class _Pipeline:
             stage = jax.lax.axis_index(self.axis)
 
             def step(received: Array, i: Array) -> tuple[Array, Any]:
-                # While there is nothing to do yet, or no more, something is computed all the same.
+                # While the pipeline fills or drains, a stage computes something that is not used.
                 number = jnp.clip(i - stage, 0, count - 1)
                 x, keys, options = jax.tree.map(lambda x: x[number], varied)
                 x = jnp.where(stage == 0, x, received)
@@ -184,7 +185,7 @@ class _Pipeline:
             steps = jnp.arange(count + stages - 1, dtype=jnp.int32)
             _, (outs, stats) = jax.lax.scan(step, start, steps)
             out = jnp.where(stage == stages - 1, outs[stages - 1 :], 0)
-            # Who had an example has it again.
+            # Every example returns to the device that had it.
             out = jax.lax.psum_scatter(out, self.axis, tiled=True)
             stats = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, stage, count), stats)
             return out, stats
@@ -195,6 +196,6 @@ class _Pipeline:
             in_specs=(P(self.axis), P(), P()),
             out_specs=(P(self.axis), P(None, None, self.axis)),
             axis_names={self.axis},
-            check_vma=False,  # JAX 0.10 mistakes its types where another is inside
+            check_vma=False,  # JAX 0.10 gets the types wrong if another one is inside
         )(layers, jax.tree.map(cut, varied), shared)
         return joined(out), jax.tree.map(joined, stats)

@@ -1,4 +1,4 @@
-"""Arrays put where the rules say."""
+"""Places arrays on devices by the rules."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -17,20 +17,19 @@ Model = TypeVar("Model")
 def shard(model: Model, mesh: Mesh, rules: Rules | None = None) -> Model:
     """The model with its arrays split over devices.
 
-    It is the same model and used in the same way: what is computed with it under `jax.jit` is
-    computed on all devices. The state of an optimiser, which has the parameters' paths, is split
-    alike by the same function.
+    It is the same model and used in the same way: under `jax.jit`, all devices compute. The state
+    of an optimiser, which has the same paths as the parameters, is split alike by this function.
 
     Arguments:
 
-    - `model`: the model, or any PyTree that contains such ones.
-    - `mesh`: the devices. Axes of the kind `Explicit`, as those of `jax.make_mesh` are, are taken
-        as `Auto`: layers leave it to the compiler how what they compute is split.
+    - `model`: the model, or any PyTree that contains models.
+    - `mesh`: the devices. Axes of type `Explicit`, like those of `jax.make_mesh`, are treated as
+        `Auto`: layers leave the sharding of what they compute to the compiler.
     - `rules`: `Rules()` if not given.
 
     Raises:
 
-    - `ValueError` as `specs`.
+    - `ValueError` like `specs`.
     """
     arrays, static = eqx.partition(model, eqx.is_array)
     return eqx.combine(jax.device_put(arrays, shardings(arrays, mesh, rules)), static)
@@ -39,7 +38,7 @@ def shard(model: Model, mesh: Mesh, rules: Rules | None = None) -> Model:
 def init_sharded(
     make: Callable[..., Model], mesh: Mesh, rules: Rules | None = None, *, key: PRNGKeyArray
 ) -> Model:
-    """Builds a model in its place: no device, and no host, ever holds all of it.
+    """Builds a model that is split from the start: no device, and no host, ever holds all of it.
 
     The weights are those that `make(key=key)` gives, up to rounding.
 
@@ -51,7 +50,7 @@ def init_sharded(
 
     Raises:
 
-    - `ValueError` as `specs`.
+    - `ValueError` like `specs`.
     """
     shapes = eqx.filter_eval_shape(lambda key: make(key=key), key)
     _, static = eqx.partition(shapes, lambda x: isinstance(x, jax.ShapeDtypeStruct))
@@ -67,8 +66,8 @@ def batch_sharding(
 ) -> NamedSharding:
     """How the first axis of every array in a batch is split, for `jax.device_put`.
 
-    For several hosts, with a part of the batch each, it is what
-    `jax.make_array_from_process_local_data` is given.
+    With several hosts, which have a part of the batch each, pass it to
+    `jax.make_array_from_process_local_data`.
 
     Arguments:
 
@@ -94,7 +93,7 @@ def shardings(model: PyTree, mesh: Mesh, rules: Rules | None) -> PyTree:
 
 
 def mesh_here(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
-    """The mesh, or inside `jax.shard_map` what that has left of it."""
+    """The mesh, or inside `jax.shard_map` the current one, with its manual axes."""
     here = jax.sharding.get_abstract_mesh()
     return here if here.manual_axes else mesh
 

@@ -22,8 +22,8 @@ class Rule(NamedTuple):
     """The mesh axes for the axes of the parameter in one layer and one expert. Those that count
     layers and experts are not among them."""
     required: bool = True
-    """Whether it is an error if a mesh axis does not divide an axis of the parameter, which is
-    otherwise not split there."""
+    """Whether it is an error if a mesh axis does not divide an axis of the parameter; if not, that
+    axis is not split."""
 
 
 _COLUMNS = r"(^|\.)(q|k|v|gate|up|q_up|kv_up|h|f)_proj\.(base\.)?"
@@ -40,8 +40,8 @@ TENSOR: Final = (
 """Tensor parallelism for all models of the library. (Shoeybi et al., 2019, "Megatron-LM".)
 
 Projections into heads and hidden units are split by columns, those out of them by rows, so that a
-branch needs one sum over devices. Embeddings and heads are split over the vocabulary where it
-divides.
+branch needs one sum over devices. Embeddings and heads are split over the vocabulary if the devices
+divide it.
 """
 
 
@@ -49,22 +49,22 @@ divides.
 class Rules:
     """How a model and its batches are split over the axes of a mesh.
 
-    The mesh decides what kind of parallelism it is: axes that it does not have count as of length
-    one. As it comes, `"data"` splits the batch; `"fsdp"` the batch and the parameters, which are
+    The axes of the mesh decide the kind of parallelism: those that it lacks count as length one. By
+    default, `"data"` splits the batch; `"fsdp"` the batch and the parameters, which are
     gathered where they are used (see `gathered`); `"tensor"` heads and hidden units; `"expert"` the
     experts of `MixtureOfExperts`, and the batch; `"context"` sequences (see `context_parallel`);
     `"pipe"` the layers of a `Stack`, and the batch (see `pipeline_parallel`).
 
     Arguments:
 
-    - `table`: the rules, of which the first that matches a path counts. What none matches is not
-        split. `sharding_table` names those of your own that decide nothing.
-    - `fsdp`: a mesh axis that besides splits every large parameter, over its longest axis that is
-        free and divides. (Zhao et al., 2023; stage 3 of Rajbhandari et al., 2020.)
-    - `fsdp_min_size`: from how many elements on, in one layer and one expert.
+    - `table`: the rules, of which the first that matches a path applies. Parameters that none
+        matches are not split. `sharding_table` lists those of your own that decide nothing.
+    - `fsdp`: a mesh axis that also splits every large parameter, over its longest axis that is not
+        split yet and is divisible. (Zhao et al., 2023; stage 3 of Rajbhandari et al., 2020.)
+    - `fsdp_min_size`: the fewest elements of a large parameter, in one layer and one expert.
     - `expert`: a mesh axis that splits the axis which counts experts.
     - `context`: a mesh axis that splits sequences.
-    - `pipe`: a mesh axis that splits the axis which counts layers, where it divides.
+    - `pipe`: a mesh axis that splits the axis which counts layers, if that is divisible.
     - `batch`: the mesh axes that split the first axis of a batch.
     """
 
@@ -89,14 +89,14 @@ class Rules:
 
     @property
     def axes(self) -> frozenset[str]:
-        """All mesh axes that are named."""
+        """All mesh axes that the rules name."""
         names = {name for rule in self.table for entry in rule.spec for name in axis_names(entry)}
         more = (self.fsdp, self.expert, self.context, self.pipe, *self.batch)
         names.update(name for name in more if name is not None)
         return frozenset(names)
 
     def first(self, *rules: Rule) -> "Rules":
-        """The same, but these rules come before those there are."""
+        """The same, with these rules before the existing ones."""
         return dataclasses.replace(self, table=(*rules, *self.table))
 
 
@@ -105,18 +105,18 @@ def specs(model: PyTree, mesh: Mesh | AbstractMesh, rules: Rules | None = None) 
 
     Arguments:
 
-    - `model`: the model, or only its shapes, as of `equinox.filter_eval_shape`.
+    - `model`: the model, or only its shapes, as from `equinox.filter_eval_shape`.
     - `mesh`: the devices, or only how many, as an `AbstractMesh`.
     - `rules`: `Rules()` if not given.
 
     Returns:
 
-    A PyTree of the same structure with a `PartitionSpec` for every array, and `None` for all else.
+    A PyTree of the same structure with a `PartitionSpec` for every array, and `None` for the rest.
 
     Raises:
 
-    - `ValueError` if a mesh axis does not divide what a rule splits over it, if a rule is for more
-        axes than the parameter has, or if the rules name no axis of the mesh.
+    - `ValueError` if a mesh axis does not divide what a rule splits over it, if a rule has more
+        axes than the parameter, or if the rules name no axis of the mesh.
     """
     rules = check_axes(mesh, rules)
 
@@ -124,7 +124,7 @@ def specs(model: PyTree, mesh: Mesh | AbstractMesh, rules: Rules | None = None) 
         if not is_shaped(x):
             return None
         entries = [*leading(place, x, mesh, rules), *in_layer(place, x, mesh, rules)]
-        # As the compiler writes it, or a second step would be compiled for what the first returned.
+        # In the compiler's form: otherwise a second step would be compiled for the first's outputs.
         while entries and entries[-1] is None:
             entries.pop()
         return P(*entries)
@@ -133,7 +133,7 @@ def specs(model: PyTree, mesh: Mesh | AbstractMesh, rules: Rules | None = None) 
 
 
 def check_axes(mesh: Mesh | AbstractMesh, rules: Rules | None) -> Rules:
-    """The rules, which name an axis of the mesh."""
+    """The rules, checked to name an axis of the mesh."""
     rules = Rules() if rules is None else rules
     if not rules.axes.intersection(mesh.axis_names):
         raise ValueError(
@@ -144,7 +144,7 @@ def check_axes(mesh: Mesh | AbstractMesh, rules: Rules | None) -> Rules:
 
 
 def leading(place: Place, x: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> list[str | None]:
-    """What the axes that count layers and experts are split over."""
+    """The mesh axes that split the axes which count layers and experts."""
     entries: list[str | None] = [None] * len(place.stacked)
     size = mesh_size(mesh, rules.expert)
     for axis, kind in enumerate(place.stacked):
@@ -164,7 +164,7 @@ def leading(place: Place, x: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> li
 def in_layer(
     place: Place, x: Any, mesh: Mesh | AbstractMesh, rules: Rules, *, fsdp: bool = True
 ) -> list[Any]:
-    """What the axes of a parameter in one layer are split over."""
+    """The mesh axes that split the axes of a parameter in one layer."""
     path, shape = place.path, x.shape[len(place.stacked) :]
     entries: list[Any] = [None] * len(shape)
     rule = first_rule(path, rules)
@@ -199,7 +199,7 @@ def first_rule(path: str, rules: Rules) -> Rule | None:
 
 
 def mesh_size(mesh: Mesh | AbstractMesh, name: str | None) -> int:
-    """How many devices along an axis; one if there is none."""
+    """How many devices there are along a mesh axis; one if there is no such axis."""
     return 1 if name is None else dict(mesh.shape).get(name, 1)
 
 

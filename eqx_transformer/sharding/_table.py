@@ -12,9 +12,9 @@ from ._rules import TENSOR, Rule, Rules, axis_names, first_rule, mesh_size, spec
 
 
 def sharding_table(model: PyTree, mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> str:
-    """What is split how, and the bytes that every device holds, as text to print.
+    """How every parameter is split, and the bytes that every device holds, as text to print.
 
-    Nothing is computed, so it can be asked before there are any devices:
+    Nothing is computed, so no devices are needed:
 
         shapes = equinox.filter_eval_shape(lambda key: Llama(config, key=key), key)
         print(sharding_table(shapes, jax.sharding.AbstractMesh((64, 8), ("fsdp", "tensor"))))

@@ -14,15 +14,15 @@ from ._stack import Stack
 
 
 class BiasedStack(eqx.Module):
-    """A stack whose self-attentions have one score mod together, such as T5's relative bias.
+    """A stack whose self-attention layers share one score mod, such as T5's relative bias.
 
-    Its parameters are there once, and get the sum of the gradients of all layers. Used like the
+    Its parameters exist once, and get the sum of the gradients of all layers. It is used like the
     stack itself.
 
     Arguments:
 
-    - `stack`: whose blocks have one `Attention` each, as `attention`, without a score mod.
-    - `score_mod`: that of all of them.
+    - `stack`: its blocks have one `Attention` each, as `attention`, without a score mod.
+    - `score_mod`: shared by all of them.
     """
 
     stack: Stack
@@ -43,7 +43,7 @@ class BiasedStack(eqx.Module):
         return self.stack.num_layers
 
     def spread(self) -> Stack:
-        """A plain stack that computes the same: every block has a copy of the score mod."""
+        """An equivalent plain stack: every block has a copy of the score mod."""
         copies = jax.tree.map(
             lambda x: jnp.broadcast_to(x, (self.num_layers, *x.shape)) if eqx.is_array(x) else x,
             self.score_mod,

@@ -31,8 +31,8 @@ class AbstractBlock(eqx.Module):
         Arguments:
 
         - `x`: the sequence.
-        - `context`: what every block of a stack is given besides, such as a sequence to attend to.
-        - `mask`: who may attend to whom, besides what the block itself forbids.
+        - `context`: what else every block of a stack is given, such as a sequence to attend to.
+        - `mask`: who may attend to whom, combined by `&` with the block's own mask.
         - `positions`: absolute positions; `0, 1, 2, ...` if not given.
         - `key`: for dropout.
         """
@@ -43,7 +43,7 @@ class AbstractBlock(eqx.Module):
     ) -> Any:
         """What `extend` needs to begin: an empty cache for `max_len` positions.
 
-        What can be computed from `context` once and for all is part of it.
+        It includes what can be computed from `context` in advance.
         """
 
     @abc.abstractmethod
@@ -62,7 +62,7 @@ class AbstractBlock(eqx.Module):
 
         - `x`: the next positions.
         - `cache`: what is kept of the earlier ones.
-        - `context`: as in `__call__`, where a block needs more of it than its cache has.
+        - `context`: as in `__call__`, if a block needs more of it than is in its cache.
         - `mask`: as in `__call__`, on absolute positions.
         - `length`: how many positions of `x` count; the rest is padding. All if not given.
 
@@ -78,16 +78,16 @@ class TransformerBlock(AbstractBlock):
         x = attention_residual(x, attention)
         x = mlp_residual(x, mlp)
 
-    What the residuals do (norms before or after, dropout, scales) is theirs; see `Residual`. With a
-    `modulation`, what enters each branch is shifted and scaled, and what leaves it gated, by
-    vectors that depend on `context.vector` (Peebles and Xie, 2023).
+    Norms before or after, dropout and scales are up to the residuals; see `Residual`. With a
+    `modulation`, the input of each branch is shifted and scaled, and its output gated, by vectors
+    that depend on `context.vector` (Peebles and Xie, 2023).
 
     Arguments:
 
     - `attention`: mixes positions.
     - `mlp`: maps every position on its own; called as `mlp(x, key=key)`.
     - `attention_residual`, `mlp_residual`: how each is added.
-    - `modulation`: makes six vectors: shift, scale and gate of attention, then of the MLP.
+    - `modulation`: returns six vectors: shift, scale and gate of attention, then of the MLP.
     """
 
     attention: AbstractAttention
@@ -342,7 +342,7 @@ class BlockSequence(AbstractBlock):
 
 
 def mlp_branch(mlp: Callable[..., Array]) -> Branch:
-    """An MLP as a branch; what a mixture of experts has to tell besides is what it returns too."""
+    """An MLP as a branch, which for a mixture of experts also returns the router's statistics."""
 
     def branch(h: Array, key: PRNGKeyArray | None) -> tuple[Array, Any]:
         apply = getattr(mlp, "apply_with_stats", None)

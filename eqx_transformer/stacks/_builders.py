@@ -75,17 +75,17 @@ def encoder_block(
     - `causal`: whether a position sees only itself and earlier ones.
     - `window`: how many positions it sees: itself and `window - 1` before it, and, if not causal,
         as many after it. All if not given.
-    - `mask`: what else the architecture forbids.
-    - `attention`: in place of that attention layer, all of whose options are then left alone.
+    - `mask`: a further mask of the architecture.
+    - `attention`: replaces that attention layer, all of whose options are then ignored.
     - `layout`: where the norms are.
     - `make_norm`: makes a norm of a given size.
     - `activation`, `gated`: of the MLP; gated, it is a `GatedMLP`.
-    - `mlp`: in place of that MLP, called as `mlp(x, key=key)`.
+    - `mlp`: replaces that MLP, called as `mlp(x, key=key)`.
     - `use_bias`: whether projections have biases.
     - `dropout_rate`: the probability with which an attention weight, and an element of a branch,
         is dropped.
-    - `layer_scale`: the initial factor of a `LayerScale` on each branch; without one if not given.
-    - `drop_path_rate`: of a `DropPath` on each branch; without one if not given. Inside a stack see
+    - `layer_scale`: the initial factor of a `LayerScale` on each branch; none if not given.
+    - `drop_path_rate`: of a `DropPath` on each branch; none if not given. Inside a stack, see
         `linear_drop_path`.
     - `dtype`: of the parameters; the default floating dtype if not given.
     - `key`: for the initial weights.
@@ -158,7 +158,7 @@ def decoder_block(
     none. Arguments are those of `encoder_block`, and
 
     - `d_memory`: size of the vectors of the source; `d_model` if not given.
-    - `cross_attention_fn`: who computes attention to the source.
+    - `cross_attention_fn`: the function that computes attention to the source.
     """
     attention_key, cross_key, mlp_key = jax.random.split(key, 3)
     if attention is None:
@@ -205,7 +205,7 @@ def decoder_block(
 def attention_mask(
     causal: bool, window: int | None, mask: AbstractMask | None
 ) -> AbstractMask | None:
-    """What an architecture forbids, as one mask; `None` if nothing."""
+    """The masks of an architecture as one; `None` if nothing is masked."""
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1: a position sees itself.")
     parts: list[Any] = []

@@ -8,12 +8,12 @@ from ._residual import Branch
 
 
 class Condition(eqx.Module):
-    """What self-attention blocks can be told besides the sequence, as their `context`.
+    """What self-attention blocks can be given besides the sequence, as their `context`.
 
     Arguments:
 
     - `coordinates`: where its positions are in space, for attention with an `AxialRoPE`.
-    - `vector`: what the branches are modulated by, in blocks with a `Modulation`.
+    - `vector`: the vector that modulates the branches, in blocks with a `Modulation`.
     - `tokens`: the groups of the sequence, for `MixedAttention`.
     """
 
@@ -25,11 +25,11 @@ class Condition(eqx.Module):
 def read_condition(
     owner: str, context: Any, modulation: Modulation | None
 ) -> tuple[dict[str, Any], Float[Array, "vectors d_model"] | None]:
-    """What a context says to a block: options for its attention, and vectors to modulate by.
+    """What a block takes from a context: options for its attention, and vectors to modulate by.
 
     Raises:
 
-    - `ValueError` if the block has no use for something that is given, or needs what is not.
+    - `ValueError` if the block has no use for something that is given, or something is missing.
     """
     if context is not None and not isinstance(context, Condition):
         raise ValueError(
@@ -41,7 +41,7 @@ def read_condition(
     vector = None if context is None else context.vector
     if (vector is None) != (modulation is None):
         raise ValueError(
-            f"{owner}: the context has a vector, but the block no modulation; leave it out, or "
+            f"{owner}: the context has a vector, but the block has no modulation; leave it out, or "
             "build the block with one."
             if modulation is None
             else f"{owner}: the block has a modulation, so it must be called with "
@@ -55,7 +55,7 @@ def read_condition(
 
 
 def modulated(branch: Branch, vectors: Float[Array, "3 d_model"] | None) -> Branch:
-    """The branch with its input shifted and scaled and its output gated; as it is without vectors.
+    """The branch with its input shifted and scaled and its output gated; unchanged without vectors.
 
     `vectors` are the shift, the scale and the gate.
     """

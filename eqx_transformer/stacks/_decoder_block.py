@@ -13,7 +13,7 @@ from ._residual import Residual
 
 
 class Source(eqx.Module):
-    """What a decoder attends to: the output of an encoder, and which of it counts.
+    """What a decoder attends to: the output of an encoder, and a mask for it.
 
     Arguments:
 
@@ -27,7 +27,7 @@ class Source(eqx.Module):
 
 
 class DecoderCache(eqx.Module):
-    """What a `DecoderBlock` keeps: its own earlier keys and values, and the source, projected."""
+    """What a `DecoderBlock` keeps: its own earlier keys and values, and those of the source."""
 
     target: Any
     memory: Memory
@@ -41,8 +41,8 @@ class DecoderBlock(AbstractBlock):
         x = cross_residual(x, cross_attention to context.memory)
         x = mlp_residual(x, mlp)
 
-    `mask` and `positions` are those of the target, and have nothing to do with the source, whose
-    mask is in `context`. (Vaswani et al., 2017, section 3.1.)
+    `mask` and `positions` are those of the target; the mask of the source is in `context`. (Vaswani
+    et al., 2017, section 3.1.)
 
     Arguments:
 
@@ -151,7 +151,7 @@ class DecoderBlock(AbstractBlock):
 def _given(context: Source | None) -> Source:
     if not isinstance(context, Source):
         raise ValueError(
-            f"DecoderBlock: context must be a Source(memory, mask), what it attends to, but is "
+            f"DecoderBlock: context must be a Source(memory, mask) to attend to, but is "
             f"{context!r}."
         )
     return context

@@ -44,7 +44,7 @@ def attention_maps(
 ) -> Float[Array, "attentions heads seq seq"]:
     """The weights of every self-attention in a stack, in the order in which they are computed.
 
-    Dense: they take as much memory as they are large. Rows sum to one, or to less where a query
+    They are dense: memory is quadratic in the sequence. Rows sum to one, or to less where a query
     may attend to nothing or a layer has sinks.
 
     Arguments are those of the stack. Dropout must be switched off, by `eqx.nn.inference_mode`.
@@ -63,7 +63,7 @@ def attention_maps(
         raise ValueError("attention_maps: there is no Attention in the blocks of this stack.")
 
     def apply(block: AbstractBlock, x: Array, **options: Any) -> tuple[Array, Array]:
-        # Every layer computes attention as it always does, and tells what it was asked besides.
+        # Every layer computes attention as usual; its attention function also records the weights.
         maps: list[Array] = []
 
         def recording(attention_fn: Any) -> Any:

@@ -118,7 +118,7 @@ class LayerAddress(NamedTuple):
 
 
 def layer_address(stack: Stack | StackSequence, layer: int) -> LayerAddress:
-    """Where the layer is whose number is `layer`, counting blocks inside of `BlockSequence`s.
+    """Where layer number `layer` is, counting the blocks inside `BlockSequence`s.
 
     Raises:
 
@@ -148,10 +148,10 @@ def stack_of_kinds(
     unroll: int = 1,
     key: PRNGKeyArray,
 ) -> Stack | StackSequence:
-    """A stack of layers of the given kinds, in this order, with as few blocks as may be traced.
+    """A stack of layers of the given kinds, in this order, that traces as few blocks as possible.
 
-    Layers that are all alike are one `Stack` of plain blocks. A pattern that repeats is one of
-    `BlockSequence`s. Otherwise it is a `StackSequence` of such.
+    Layers that are all alike become one `Stack` of plain blocks; a pattern that repeats, one of
+    `BlockSequence`s; anything else, a `StackSequence` of these.
 
     Arguments:
 
@@ -173,13 +173,13 @@ def stack_of_kinds(
 def repeating_runs(kinds: Sequence[Hashable]) -> list[tuple[tuple[Hashable, ...], int]]:
     """Divides a sequence into patterns that repeat: `AABABAB` is `A` once and `AB` three times.
 
-    The sum of the lengths of the patterns is the least possible, then their number; of what is
-    left, the division whose first run is the longest.
+    It minimises the sum of the lengths of the patterns, then their number; ties go to the division
+    whose first run is the longest.
     """
     kinds, n = tuple(kinds), len(kinds)
     if not n:
         raise ValueError("repeating_runs: there must be at least one layer.")
-    # The best division of what begins at i: its cost, the period it begins with, how often.
+    # The best division from i on: its cost, the period it begins with, and how often that repeats.
     best: list[tuple[tuple[int, int], int, int]] = [((0, 0), 0, 0)] * (n + 1)
     for i in reversed(range(n)):
         choices = []

@@ -14,7 +14,7 @@ from ._residual import Residual
 
 
 class PerceiverCache(eqx.Module):
-    """What a `PerceiverBlock` keeps: the source, projected."""
+    """What a `PerceiverBlock` keeps: the keys and values of the source."""
 
     memory: Memory
     mask: AbstractMask | None
@@ -26,8 +26,8 @@ class PerceiverBlock(AbstractBlock):
         x = attention_residual(x, attention to context.memory)
         x = mlp_residual(x, mlp)
 
-    Positions do not see each other: a vector for each of many places, computed from few tokens, and
-    in as many chunks as one likes. (Jaegle et al., Perceiver, 2021, section 3.1.)
+    Positions do not see each other: each of many outputs is computed from few tokens, in any number
+    of chunks. (Jaegle et al., Perceiver, 2021, section 3.1.)
 
     Arguments:
 
@@ -62,7 +62,7 @@ class PerceiverBlock(AbstractBlock):
     def init_cache(
         self, max_len: int, dtype: DTypeLike | None = None, *, context: Source | None = None
     ) -> PerceiverCache:
-        """The source, projected; stored in `dtype`, or that of the weights."""
+        """The keys and values of the source, stored in `dtype`, or that of the weights."""
         if not isinstance(context, Source):
             raise ValueError(
                 "PerceiverBlock: there must be something to attend to; give context=Source(memory)."
@@ -104,6 +104,5 @@ def _refuse(*options: Any) -> None:
     if any(option is not None for option in options):
         raise ValueError(
             "PerceiverBlock: positions do not see each other, so there is no use for a mask, "
-            "positions or a length of theirs; a mask of the source goes with it, "
-            "Source(memory, mask)."
+            "positions or a length; pass a mask of the source as Source(memory, mask)."
         )

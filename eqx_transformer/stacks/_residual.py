@@ -42,11 +42,11 @@ class Residual(eqx.Module):
     ):
         """Arguments:
 
-        - `norm`, `branch_norm`, `output_norm`: applied to what enters the branch, to what leaves
-            it, and to the sum; `[seq, d_model]`.
+        - `norm`, `branch_norm`, `output_norm`: applied to the input of the branch, to its output,
+            and to the sum; `[seq, d_model]`.
         - `scale`: learned factors on the branch.
         - `dropout_rate`: the probability with which an element of the branch is dropped.
-        - `drop_path`: drops the branch altogether.
+        - `drop_path`: drops the whole branch.
 
         Raises:
 

@@ -21,13 +21,13 @@ Remat = bool | Callable[..., Any] | None
 class Stack(eqx.Module):
     """Blocks applied one after another, with depth as an axis.
 
-    All blocks live in one: every array of `blocks` has a leading axis, one entry a layer, and the
-    stack scans over it. So tracing and compiling take the same time for two layers and for a
-    hundred, and an optimiser sees few leaves. Mind that parameters have one axis more than in a
-    layer: the weight of a norm has two.
+    All blocks are stored as one: every array of `blocks` has a leading axis, one entry per layer,
+    and the stack scans over it. So tracing and compiling take the same time for two layers and for
+    a hundred, and an optimiser sees few leaves. Note that parameters have one more axis than in a
+    single layer: the weight of a norm has two.
 
-    A pattern of different layers (five local, one global) is a block made of blocks. Who runs the
-    layers is `layers_fn`, which `sharding.pipeline_parallel` replaces.
+    A pattern of different layers (five local, one global) is a block made of blocks. `layers_fn`
+    runs the layers; `sharding.pipeline_parallel` replaces it.
     """
 
     blocks: AbstractBlock
@@ -50,9 +50,9 @@ class Stack(eqx.Module):
         - `make_block`: `make_block(key=key)` builds one block. It is traced once, for all layers.
         - `num_layers`: how many blocks.
         - `remat`: what reverse mode keeps of each block. `None`: all it needs. `True`: only the
-            input, and the block is computed again. A policy of `jax.checkpoint_policies`: the
-            input and what the policy says.
-        - `unroll`: how many blocks make one iteration of the loop; more compiles for longer and
+            input, from which the block is recomputed. A policy of `jax.checkpoint_policies`: the
+            input and what the policy saves.
+        - `unroll`: how many blocks make one iteration of the loop; more take longer to compile and
             can run faster, above all on a CPU. Parameters are stacked either way.
         - `key`: split once for each layer, so that no two begin alike.
         """
@@ -71,7 +71,7 @@ class Stack(eqx.Module):
     def from_layers(
         cls, layers: Sequence[AbstractBlock], *, remat: Remat = None, unroll: int = 1
     ) -> "Stack":
-        """Stacks blocks that exist already, e.g. to put back what `unstack` took apart.
+        """Stacks existing blocks, e.g. those that `unstack` returned.
 
         Raises:
 
@@ -81,7 +81,7 @@ class Stack(eqx.Module):
         if not layers:
             raise ValueError("Stack.from_layers: there must be at least one layer.")
         blocks = _stacked(layers)
-        # The constructor is the only way to make a Module; what it builds is replaced.
+        # Only the constructor can make a Module; the blocks that it builds are replaced.
         stack = cls(
             lambda *, key: layers[0],
             len(layers),
@@ -107,8 +107,8 @@ class Stack(eqx.Module):
         Arguments:
 
         - `x`: the sequence.
-        - `context`: what every block is given besides, such as a sequence to attend to.
-        - `mask`: who may attend to whom, in every block, besides what the block itself forbids.
+        - `context`: what else every block is given, such as a sequence to attend to.
+        - `mask`: who may attend to whom, combined by `&` with the mask of every block.
         - `positions`: absolute positions; `0, 1, 2, ...` if not given.
         - `key`: for dropout; split once for each layer.
         """
@@ -130,7 +130,7 @@ class Stack(eqx.Module):
         positions: Int[Array, " seq"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "seq d_model"], Any]:
-        """What `__call__` returns, and what the routers of mixtures of experts did.
+        """What `__call__` returns, and statistics of the routers of mixtures of experts.
 
         Arguments are those of `__call__`.
 
@@ -166,7 +166,7 @@ class Stack(eqx.Module):
         positions: Int[Array, " seq"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "seq d_model"], Any]:
-        """Applies the blocks in order, each in a way of one's own: the place to look into a stack.
+        """Applies the blocks in order, each by a function of yours: the way to look into a stack.
 
         Arguments:
 
@@ -176,7 +176,7 @@ class Stack(eqx.Module):
 
         Returns:
 
-        The sequence, and all that `apply` returned besides, with a leading axis for the layers.
+        The sequence, and everything else that `apply` returned, with a leading axis for the layers.
         """
         options = {"context": context, "mask": mask, "positions": positions}
         keys = None if key is None else jax.random.split(key, self.num_layers)
@@ -215,15 +215,14 @@ class Stack(eqx.Module):
             x, new = block.extend(x, old, context=context, mask=mask, length=length)
             if _structure(new) != _structure(old):  # a cache that gains groups of tokens
                 return x, new
-            # What a block hands back untouched (a memory it attends to) need not be copied.
+            # What a block returns unchanged (a memory it attends to) need not be copied.
             return x, jax.tree.map(lambda a, b: None if a is b else b, old, new)
 
         for leaf in jax.tree.leaves(eqx.filter(cache, eqx.is_array)):
             if leaf.shape[:1] != (self.num_layers,):
                 raise ValueError(
-                    f"Stack: the cache has an array of shape {leaf.shape}, but there are "
-                    f"num_layers={self.num_layers}, which its first axis counts; make it with "
-                    "init_cache of this model."
+                    f"Stack: the cache has an array of shape {leaf.shape}, but its first axis must "
+                    f"be num_layers={self.num_layers}; make it with init_cache of this model."
                 )
         xs = (self.blocks, cache)
         x, changed = filter_scan(step, x, xs, self.num_layers, unroll=self.unroll)
@@ -244,7 +243,7 @@ class Stack(eqx.Module):
         return iter(self.unstack())
 
     def unstack(self) -> tuple[AbstractBlock, ...]:
-        """The layers, each on its own. `Stack.from_layers` is the way back."""
+        """The layers, each on its own. `Stack.from_layers` is the inverse."""
         return tuple(self[i] for i in range(self.num_layers))
 
 
@@ -259,7 +258,7 @@ def scan_layers(
     unroll: int,
     remat: Remat,
 ) -> tuple[Array, Any]:
-    """`x` through stacked blocks, as `Stack.apply_with`; `keys` has one for each of them."""
+    """Applies stacked blocks to `x`, like `Stack.apply_with`; `keys` has one for each of them."""
 
     def step(x: Array, layer: tuple[AbstractBlock, Any]) -> tuple[Array, Any]:
         block, key = layer
@@ -297,20 +296,20 @@ def linear_drop_path(stack: Stack, rate: float) -> Stack:
     count = len(drop_paths(stack))
     if not count:
         raise ValueError("linear_drop_path: the blocks of the stack contain no DropPath.")
-    # Each its own: one buffer in two leaves could not be donated.
+    # Each an array of its own: a buffer shared by two leaves could not be donated.
     return eqx.tree_at(drop_paths, stack, [jnp.array(scheduled) for _ in range(count)])
 
 
 def unstacked(model: Model) -> Model:
-    """The model with its layers each on their own: the faster form for decoding.
+    """The model with its layers unstacked: the faster form for decoding.
 
-    Every `Stack` in it becomes a `BlockSequence` of its layers. To compute a layer, a loop over
-    depth first copies its weights, and what is in its cache, out of those of all layers; for one
-    token at a time this takes longer than to use them. The copies are made once here. What it costs
-    is a program that grows with depth, and it is slower to compile.
+    Every `Stack` in it becomes a `BlockSequence` of its layers. A loop over depth first copies the
+    weights and the cache of each layer out of those of all layers; for one token at a time this
+    takes longer than using them. Here the copies are made once. The price is a program that grows
+    with depth and takes longer to compile.
 
-    Caches have another structure then: make them with the model that uses them. `Stack.from_layers`
-    is the way back for a stack.
+    Caches then have another structure: make them with the model that uses them. `Stack.from_layers`
+    is the inverse, for a stack.
     """
 
     def is_stack(x: Any) -> bool:

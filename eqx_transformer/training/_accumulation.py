@@ -1,4 +1,4 @@
-"""The gradient of a batch that is larger than the memory for it."""
+"""The gradient of a batch that is too large for memory."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -20,9 +20,9 @@ def accumulated_value_and_grad(
 ) -> Callable[[Model, Any], tuple[Float[Array, ""], Model]]:
     """Value and gradient of a mean over a batch, computed in parts one after another.
 
-    A mean over parts of the means of parts weighs a token more where a part has few that count. So
-    the loss gives a sum and how many it is the sum of, and what is divided is the sum over the
-    whole batch:
+    The mean of the means of parts would give more weight to tokens of parts in which few count. So
+    the loss returns a sum and a count, and the sum over the whole batch is divided by the count
+    over the whole batch:
 
         def loss(model, batch):
             losses, counts = ...                       # one number each for every token
@@ -33,14 +33,14 @@ def accumulated_value_and_grad(
     Arguments:
 
     - `loss`: `(model, batch) -> (sum, count)`. The count is a constant to derivatives.
-    - `num_parts`: how many parts, of every `num_parts`-th example each.
+    - `num_parts`: how many parts; each has every `num_parts`-th example.
 
     Returns:
 
-    A function of the model and a batch, as `equinox.filter_value_and_grad` would return one. The
-    leading axis of every array in the batch counts examples (PRNG keys are such arrays: give one
-    for each); what is no array is the same for all parts. Gradients are summed in float32 or wider
-    and returned in the dtypes of the parameters.
+    A function of the model and a batch, like that of `equinox.filter_value_and_grad`. The leading
+    axis of every array in the batch counts examples (PRNG keys are such arrays: give one for each);
+    what is not an array is the same for all parts. Gradients are summed in float32 or wider and
+    returned in the dtypes of the parameters.
 
     Raises:
 
@@ -82,7 +82,7 @@ def _split(x: Array, num_parts: int) -> Array:
             f"accumulated_value_and_grad: an array of the batch has shape {x.shape}; its first "
             f"axis counts examples and must be a multiple of num_parts={num_parts}."
         )
-    # Neighbours go to different parts: where the batch is spread over devices, each part still is.
+    # Neighbours go to different parts: each part of a batch that is split over devices still is.
     return jnp.swapaxes(x.reshape(x.shape[0] // num_parts, num_parts, *x.shape[1:]), 0, 1)
 
 

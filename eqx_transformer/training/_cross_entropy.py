@@ -1,4 +1,4 @@
-"""The cost of predicting tokens, without the logits of all of them at once."""
+"""The cross-entropy of tokens, without the logits of all of them at once."""
 
 import math
 from collections.abc import Callable
@@ -29,9 +29,9 @@ def cross_entropy_from_hidden(
         logits = head(hidden)        lse = logsumexp(logits)        e = label_smoothing
         loss   = lse - (1 - e) * logits[target] - e * mean(logits) + z_loss * lse**2
 
-    The logits of a language model, `[tokens, vocab_size]`, are often the largest array of a step
-    of training. Here those of a chunk of tokens are there at a time, and in reverse mode they are
-    made a second time. All derivatives exist, of every order.
+    The logits of a language model, `[tokens, vocab_size]`, are often the largest array of a
+    training step. Here only those of one chunk of tokens exist at a time, and reverse mode
+    recomputes them. Derivatives of every order exist.
 
         hidden = jax.vmap(model.hidden)(tokens[:, :-1])
         losses = cross_entropy_from_hidden(model.logits, hidden, tokens[:, 1:])
@@ -43,13 +43,14 @@ def cross_entropy_from_hidden(
 
     - `head`: from `[rows, d_model]` to `[rows, vocab_size]`, row by row: a model's `logits`, a
         `Linear`, the `attend` of an `Embedding`, any function. A soft cap is a part of it.
-    - `hidden`: one vector a token, in the dtype that logits are to be computed in. Hand a batch
-        over as it is: under `vmap` a chunk would be as many tokens of every sequence.
-    - `targets`: the ids of the tokens to predict. One that there is not gives NaN.
-    - `valid`: which tokens count; others cost nothing and give no gradient, whatever they hold. All
+    - `hidden`: one vector per token, in the dtype that logits are to be computed in. Pass a batch
+        as it is: under `vmap` a chunk would be `chunk_size` tokens of every sequence.
+    - `targets`: the ids of the tokens to predict. An id outside the vocabulary gives NaN.
+    - `valid`: which tokens count; others have loss 0 and give no gradient, whatever they hold. All
         if not given.
-    - `label_smoothing`: the share of the target's probability that all ids divide among them.
-    - `z_loss`: how much it costs that the logits are not log-probabilities, e.g. 1e-4.
+    - `label_smoothing`: the probability that is spread evenly over all ids.
+    - `z_loss`: the coefficient of `lse**2`, which keeps logits close to log-probabilities, e.g.
+        1e-4.
     - `chunk_size`: how many tokens at a time; as many as make 2**24 logits if not given.
 
     Returns:
@@ -80,7 +81,7 @@ def cross_entropy_from_hidden(
     logits = eqx.filter_eval_shape(head, x)
     if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
         raise ValueError(
-            f"cross_entropy_from_hidden: head made {logits.shape} of {x.shape}; it must map "
+            f"cross_entropy_from_hidden: head returned {logits.shape} for {x.shape}; it must map "
             "[rows, d_model] to [rows, vocab_size]."
         )
     vocab_size, dtype = logits.shape[1], accumulation_dtype(logits.dtype)
@@ -93,12 +94,12 @@ def cross_entropy_from_hidden(
 
     def of_chunk(_: None, rows: list[Array]) -> tuple[None, Array]:
         x, target, valid = rows
-        # Not even a NaN gets from what does not count into the gradient of the head.
+        # Vectors that do not count, even NaN, must not reach the gradient of the head.
         logits = restored()(jnp.where(valid[:, None], x, 0)).astype(dtype)
         target = jnp.where(valid, target, 0)
         lse = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.arange(vocab_size, dtype=target.dtype)[None, :] == target[:, None]
-        # Without a gather, whose transpose would be a scatter into as many zeros as logits.
+        # Not a gather, whose transpose would be a scatter into zeros of the size of the logits.
         score = jnp.where(chosen, logits, 0).sum(axis=-1)
         loss = lse - (1 - label_smoothing) * score + z_loss * jnp.square(lse)
         if label_smoothing:
@@ -111,16 +112,16 @@ def cross_entropy_from_hidden(
 
 
 def _chunked(x: Array, chunks: int) -> Array:
-    """Cut into chunks of equal size, the last one filled up with zeros."""
+    """Cut into chunks of equal size, the last one padded with zeros."""
     size = math.ceil(x.shape[0] / chunks)
     x = jnp.pad(x, [(0, chunks * size - x.shape[0]), *[(0, 0)] * (x.ndim - 1)])
     return x.reshape(chunks, size, *x.shape[1:])
 
 
 def _wide(head: Callable[[Array], Array]) -> Callable[[], Callable[[Array], Array]]:
-    """What gives the head back, from parameters whose gradients are summed in float32 or wider.
+    """A function that restores the head, with gradients summed in float32 or wider.
 
-    A sum over chunks has the dtype of the parameters outside of the loop.
+    A loop sums gradients over chunks in the dtype that parameters have outside it.
     """
     params, rest = eqx.partition(head, eqx.is_inexact_array)
     wide = jax.tree.map(lambda p: p.astype(accumulation_dtype(p.dtype)), params)

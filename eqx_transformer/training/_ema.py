@@ -1,4 +1,4 @@
-"""The average of a model over its training."""
+"""The moving average of a model over its training."""
 
 from typing import Any, TypeVar
 
@@ -19,17 +19,17 @@ class EMA(eqx.Module):
         weight = decay * weight + (1 - decay)
         average = sums / weight
 
-    It begins either with the parameters there are, which then stay in it for a while, or with
-    nothing. In the second case dividing by the weight is what corrects the bias towards zero.
-    (Kingma and Ba, Adam, 2015, section 3.) Like all state it is a value, and a PyTree:
+    It starts either from the initial parameters, which then remain in it for a while, or from zero;
+    in the second case dividing by the weight corrects the bias towards zero. (Kingma and Ba, Adam,
+    2015, section 3.) Like all state it is an immutable PyTree:
 
         ema = EMA.init(model)
-        ema = ema.update(model, decay=0.999)      # after every step, inside of jit
+        ema = ema.update(model, decay=0.999)      # after every step, inside jit
         evaluate(ema.average(model))
     """
 
     sums: PyTree
-    """In float32 or wider; `None` for what is no floating array."""
+    """In float32 or wider; `None` for leaves that are not floating arrays."""
     weight: Float[Array, ""]
 
     @classmethod
@@ -39,10 +39,10 @@ class EMA(eqx.Module):
         Arguments:
 
         - `model`: the model, or its parameters.
-        - `debias`: whether to begin with nothing: the average is that of the models of the updates
-            alone, and NaN before the first.
+        - `debias`: whether to start from zero: the average is then only that of the models given to
+            `update`, and NaN before the first.
         """
-        # Also with nothing to begin with: a copy, so that the model can be donated.
+        # A copy in either case, so that the model can be donated.
         sums = jax.tree.map(lambda x: jnp.where(debias, 0, x), _wide(model))
         return cls(sums, jnp.asarray(0.0 if debias else 1.0))
 
@@ -52,7 +52,7 @@ class EMA(eqx.Module):
         Arguments:
 
         - `model`: of the same structure as the first.
-        - `decay`: how much of the average stays, e.g. 0.999; an array if it changes.
+        - `decay`: the share of the average that is kept, e.g. 0.999; an array if it changes.
 
         Raises:
 
@@ -69,7 +69,7 @@ class EMA(eqx.Module):
         return EMA(jax.tree.map(mixed, self.sums, _wide(model)), mixed(self.weight, one))
 
     def average(self, model: Model) -> Model:
-        """The model with averages in place of its parameters, in their dtypes."""
+        """The model with its parameters replaced by their averages, in their dtypes."""
 
         def mean(total: Array | None, x: Any) -> Any:
             return x if total is None else (total / self.weight.astype(total.dtype)).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""How many operations a computation takes, counted in the program and not by a formula."""
+"""The number of operations in a computation, counted in the program, not by a formula."""
 
 import math
 from collections.abc import Callable
@@ -21,15 +21,15 @@ def model_flops(function: Callable[..., Any], *args: Any) -> int:
         shapes = equinox.filter_eval_shape(lambda key: Llama(config, key=key), key)
         model_flops(shapes, jax.ShapeDtypeStruct((4096,), jnp.int32))    # forward, one sequence
 
-    A product of `[m, k]` and `[k, n]` counts as `2 m k n`; what is elementwise does not count. The
-    function is traced, not run, so shapes will do for all arrays. Give a gradient to have the
-    backward pass counted too, which takes twice the forward pass, and what `remat` computes again:
+    A product of `[m, k]` and `[k, n]` counts as `2 m k n`; elementwise operations do not count. The
+    function is traced, not run, so shapes will do for all arrays. Pass a gradient to include the
+    backward pass, which takes twice the forward pass, and what `remat` recomputes:
     `model_flops(equinox.filter_grad(loss), model, batch)`.
 
-    The number is that of the model and not of a machine, whatever implementation it has chosen for
-    this one: what a mask excludes is left out in tiles, as with `implementation="chunked"`, and a
-    position goes through `top_k` experts, without padding. For this the model must be `function`,
-    or among `args`; and `RouterStats` are not there.
+    The number is that of the model and does not depend on the machine, or on the implementations
+    chosen for it: tiles that a mask excludes are left out, as with `implementation="chunked"`, and
+    a position goes through `top_k` experts, without padding. For this the model must be `function`,
+    or among `args`, and `function` must not use `RouterStats`.
 
     Arguments:
 
@@ -38,8 +38,8 @@ def model_flops(function: Callable[..., Any], *args: Any) -> int:
 
     Raises:
 
-    - `ValueError` for a loop with matrix products whose number of iterations no shape tells, and
-        for a kernel that cannot be looked into.
+    - `ValueError` for a loop with matrix products whose number of iterations does not follow from
+        shapes, and for a kernel that cannot be inspected.
     """
     function, args = _countable((function, args))
     arrays, static = eqx.partition((function, args), is_shaped)
@@ -52,7 +52,7 @@ def model_flops(function: Callable[..., Any], *args: Any) -> int:
 
 
 def _count(jaxpr: Any, axes: tuple[tuple[str, int], ...] = ()) -> int:
-    """Of a program on one device of all those along `axes`, names and sizes."""
+    """The count for a program that runs on all devices along `axes` (names and sizes)."""
     return sum(_count_equation(equation, axes) for equation in jaxpr.eqns)
 
 
@@ -61,7 +61,7 @@ def _count_equation(equation: Any, axes: tuple[tuple[str, int], ...]) -> int:
     if name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
         return _products(name, equation)
     if name == "linear_map":
-        # Holds a function instead of a program.
+        # This holds a function, not a jaxpr.
         forward, count = params["forward"], params["num_residuals"]
         shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
         trace = jax.make_jaxpr(
@@ -78,20 +78,20 @@ def _count_equation(equation: Any, axes: tuple[tuple[str, int], ...]) -> int:
         return params["length"] * sum(inner)
     if name == "while" and any(inner):
         raise ValueError(
-            "model_flops: there is a loop with matrix products, and no shape says how often it "
-            "runs. If it is one over experts, pass the model as an argument of the function; "
-            "otherwise use lax.scan, or count one iteration."
+            "model_flops: there is a loop with matrix products whose number of iterations is not "
+            "known from shapes. If it is one over experts, pass the model as an argument of the "
+            "function; otherwise use lax.scan, or count one iteration."
         )
     if name == "pallas_call" or name.startswith("dot_product_attention"):
         raise ValueError(
-            f"model_flops: the kernel {name} cannot be looked into; pass the model as an argument "
-            "of the function, and attention is counted without kernels."
+            f"model_flops: the kernel {name} cannot be inspected; pass the model as an argument "
+            "of the function, so that attention is counted without kernels."
         )
     return sum(inner)
 
 
 def _products(name: str, equation: Any) -> int:
-    """Two for every product: one for it, and one to add it up."""
+    """Two operations for every product: a multiplication and an addition."""
     left, right, *groups = (v.aval.shape for v in equation.invars)
     (out,) = (v.aval.shape for v in equation.outvars)
     if name == "dot_general":
@@ -101,7 +101,7 @@ def _products(name: str, equation: Any) -> int:
         numbers = equation.params["ragged_dot_dimension_numbers"]
         (contracted, _), _ = numbers.dot_dimension_numbers
         count = 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
-        # Where groups split a sum, each of their products is over its part.
+        # If groups split the contracted axis, each group contracts only its part.
         is_split = set(numbers.lhs_ragged_dimensions) <= set(contracted)
         return count // groups[0][-1] if is_split else count
     # Every output is a sum over a window of as many channels as the kernel has.
@@ -116,7 +116,7 @@ def _programs(value: Any) -> list[Any]:
 
 
 def _countable(tree: PyTree) -> PyTree:
-    """The same computation, with nothing in it that depends on the machine or on values."""
+    """An equivalent model in which nothing depends on the machine or on values."""
 
     def visit(node: Any) -> Any:
         if isinstance(node, MixtureOfExperts):
@@ -139,8 +139,8 @@ def _is_attention(node: Any) -> bool:
 
 
 class _ChosenExperts(eqx.Module):
-    """As many experts as a position goes through, for every position: what a layer of experts
-    computes, but always the first ones."""
+    """A mixture of experts in which every position goes through the first `top_k` experts: as much
+    computation, with fixed choices."""
 
     moe: MixtureOfExperts
 

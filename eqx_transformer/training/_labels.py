@@ -1,4 +1,4 @@
-"""Which parameter is what, for optimisers: decay, learning rates, what is not trained."""
+"""Labels of parameters for optimisers: weight decay, kinds of parameters, frozen ones."""
 
 import importlib
 import importlib.util
@@ -18,12 +18,12 @@ def weight_decay_mask(model: PyTree) -> PyTree:
     """Which parameters weight decay applies to: matrices, not norms and biases.
 
     The rule "at least two axes" is wrong for stacked layers, whose norm weights are
-    `[num_layers, d_model]`; here the axes that count layers and experts do not count. Pass the
-    function itself as the `mask` of `optax.adamw`.
+    `[num_layers, d_model]`; here axes of layers and experts do not count. Pass the function itself
+    as the `mask` of `optax.adamw`.
 
     Arguments:
 
-    - `model`: the parameters; what is no floating array has no entry.
+    - `model`: the parameters; leaves that are not floating arrays have no entry.
 
     Returns:
 
@@ -33,15 +33,15 @@ def weight_decay_mask(model: PyTree) -> PyTree:
 
 
 def parameter_labels(model: PyTree) -> PyTree:
-    """What kind of parameter each is: `"hidden"`, `"outer"` or `"vector"`.
+    """The kind of every parameter: `"hidden"`, `"outer"` or `"vector"`.
 
-    Those of `"hidden"` are the weights of linear maps in blocks; `"vector"` is what has less than
-    two axes in one layer, norms and biases; `"outer"` is all else: embeddings, heads, tables. Pass
-    the function itself as the `param_labels` of `optax.multi_transform`.
+    `"hidden"` are the weights of linear maps in blocks; `"vector"` are parameters with fewer than
+    two axes in one layer: norms and biases; `"outer"` is everything else: embeddings, heads,
+    tables. Pass the function itself as the `param_labels` of `optax.multi_transform`.
 
     Arguments:
 
-    - `model`: the parameters; what is no floating array has no entry.
+    - `model`: the parameters; leaves that are not floating arrays have no entry.
 
     Returns:
 
@@ -57,15 +57,15 @@ def parameter_labels(model: PyTree) -> PyTree:
 
 
 def muon_dimension_numbers(model: PyTree) -> PyTree:
-    """The parameters that Muon is for, and which two axes of each are its matrix.
+    """Which parameters Muon applies to, and which two axes of each are its matrix.
 
-    Those that `parameter_labels` calls `"hidden"`; layers and experts each have matrices of their
-    own. The others, with `None`, get Adam. Pass the function itself as the
+    It applies to those that `parameter_labels` calls `"hidden"`; layers and experts each have
+    matrices of their own. The others, with `None`, get Adam. Pass the function itself as the
     `muon_weight_dimension_numbers` of `optax.contrib.muon`.
 
     Arguments:
 
-    - `model`: the parameters; what is no floating array has no entry.
+    - `model`: the parameters; leaves that are not floating arrays have no entry.
 
     Returns:
 
@@ -90,7 +90,7 @@ def trainable(model: PyTree, where: Callable[[str], bool]) -> PyTree:
 
         trained, frozen = eqx.partition(model, trainable(model, lambda path: "head" in path))
 
-    With this no gradient is computed for what is frozen, and the optimiser keeps nothing for it.
+    Then no gradient is computed for frozen parameters, and the optimiser has no state for them.
 
     Arguments:
 
@@ -104,7 +104,7 @@ def trainable(model: PyTree, where: Callable[[str], bool]) -> PyTree:
 
     Raises:
 
-    - `ValueError` if there would be nothing to train.
+    - `ValueError` if nothing is selected.
     """
 
     def mark(path: Any, x: Any) -> bool:
@@ -116,13 +116,13 @@ def trainable(model: PyTree, where: Callable[[str], bool]) -> PyTree:
         paths = jax.tree_util.tree_leaves_with_path(eqx.filter(model, eqx.is_inexact_array))
         names = [jax.tree_util.keystr(p, simple=True, separator=".") for p, _ in paths[:3]]
         raise ValueError(
-            f"trainable: `where` chooses no parameter; it is given paths such as {names}."
+            f"trainable: `where` selects no parameter; it is given paths such as {names}."
         )
     return spec
 
 
 def _map(function: Callable[[Place, Any], Any], model: PyTree) -> PyTree:
-    """Applies `function(place, x)` to the floating arrays, or to what stands for them."""
+    """Applies `function(place, x)` to the floating arrays, or to their shapes."""
 
     def visit(place: Place, x: Any) -> Any:
         if eqx.is_inexact_array(x) or isinstance(x, jax.ShapeDtypeStruct):

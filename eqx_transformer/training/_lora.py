@@ -1,4 +1,4 @@
-"""Low-rank adapters: a few new parameters beside weights that stay as they are."""
+"""Low-rank adapters: a few new parameters beside frozen weights."""
 
 import math
 from collections.abc import Callable
@@ -23,9 +23,9 @@ class LoRALinear(AbstractLinear):
         DoRA   y = x @ (magnitude * direction / norm(direction)) + bias
                direction = base.weight + scale * a @ b          norm: that of every column
 
-    The base can be any `AbstractLinear`, one with quantised weights too. `b` is initially zero, so
-    that the adapter begins as nothing. (Hu et al., LoRA, 2021, equation 3; Liu et al., DoRA, 2024,
-    equation 5. Unlike in section 4.3 there, gradients go through the norm.)
+    The base can be any `AbstractLinear`, also one with quantised weights. `b` is initially zero, so
+    that the adapter initially changes nothing. (Hu et al., LoRA, 2021, equation 3; Liu et al.,
+    DoRA, 2024, equation 5. Unlike in section 4.3 there, gradients go through the norm.)
     """
 
     base: AbstractLinear
@@ -79,7 +79,7 @@ class LoRALinear(AbstractLinear):
 
     @property
     def weight(self) -> Float[Array, "*stack in_features out_features"]:
-        """The weight of the `Linear` that computes the same."""
+        """The weight of the equivalent `Linear`."""
         direction = self._direction()
         if self.magnitude is not None:
             direction = direction * self._gain(direction)[..., None, :]
@@ -98,12 +98,12 @@ class LoRALinear(AbstractLinear):
         y = y + self.scale * ((x @ self.a.astype(x.dtype)) @ self.b.astype(x.dtype))
         if self.magnitude is None:
             return y
-        # Made again in the backward pass: it is as large as the weight.
+        # Recomputed in the backward pass: its intermediates are as large as the weight.
         gain = eqx.filter_checkpoint(lambda layer: layer._gain(layer._direction()))(self)
         gain = along_last("LoRALinear", gain, y)
         y = y * gain
         if self.bias is not None:
-            # The base has added it, and it must not be scaled.
+            # The base has added the bias, which must not be scaled.
             y = y + (1 - gain) * along_last("LoRALinear", self.bias, y)
         return y
 
@@ -116,7 +116,7 @@ class LoRALinear(AbstractLinear):
         return weight.astype(dtype) + self.scale * product
 
     def _gain(self, direction: Array) -> Array:
-        """What every column is multiplied by."""
+        """The factor on every column."""
         assert self.magnitude is not None
         norms = _column_norms(direction)
         return self.magnitude.astype(norms.dtype) / jnp.where(norms == 0, 1, norms)
@@ -132,10 +132,10 @@ def add_lora(
     dtype: DTypeLike | None = None,
     key: PRNGKeyArray,
 ) -> Model:
-    """The model with adapters on its linear maps: still the same function.
+    """The model with adapters on its linear maps: initially the same function.
 
-    Layers of a `Stack`, and experts, get adapters of their own. Train what `lora_filter` selects,
-    and `merge_lora` in the end.
+    Each layer of a `Stack`, and each expert, gets adapters of its own. Train what `lora_filter`
+    selects, and `merge_lora` in the end.
 
     Arguments:
 
@@ -173,14 +173,14 @@ def add_lora(
 
         for _ in shape[:-2]:
             adapted = eqx.filter_vmap(adapted)
-        # With the very arrays it had, and not what `vmap` returned of them.
+        # With the original arrays, not the copies that `vmap` returned.
         lora = adapted(layer, jax.random.split(k, shape[:-2]))
         new.append(eqx.tree_at(lambda x: x.base, lora, layer))
     return eqx.tree_at(lambda model: [x for _, x in _linear_maps(model, where)], model, new)
 
 
 def merge_lora(model: Model) -> Model:
-    """The model with every adapter merged into a plain `Linear`: the same function to rounding.
+    """The model with every adapter merged into a plain `Linear`: the same function up to rounding.
 
     Raises:
 
@@ -203,7 +203,7 @@ def merge_lora(model: Model) -> Model:
 def lora_filter(model: PyTree) -> PyTree:
     """Which leaves belong to adapters: `adapters, rest = eqx.partition(model, lora_filter(model))`.
 
-    With this no gradient is computed for the rest. The adapters are a PyTree that can be saved and
+    Then no gradient is computed for the rest. The adapters are a PyTree that can be saved and
     loaded alone, and `eqx.combine` puts the two together.
 
     Returns:
@@ -263,7 +263,7 @@ def _check_any(name: str, model: Any) -> None:
 
 
 def _weight_shape(layer: AbstractLinear) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the weight, which may be expensive to make."""
+    """Shape and dtype of the weight, which may be expensive to compute."""
     return eqx.filter_eval_shape(lambda layer: layer.weight, layer)
 
 

@@ -1,4 +1,4 @@
-"""Maximal update parametrisation: what was tuned for a narrow model stays right for a wide one."""
+"""Maximal update parametrisation: hyperparameters of a narrow model transfer to a wide one."""
 
 import math
 from typing import Any, NamedTuple, TypeVar
@@ -15,36 +15,36 @@ Model = TypeVar("Model")
 def mup_init(model: Model, base: PyTree) -> Model:
     """A newly built model with the initial weights of the maximal update parametrisation.
 
-        embedding    width / base width  times its variance, which then is the same in all widths
-        head         base width / width  times its variance, and so for all that lead from the width
-                     to a size that stays: routers, keys and values of as many heads of a size
-        other maps   as they are: variance 1 / fan_in
+        embedding    width / base width  times its variance, which is then the same for all widths
+        head         base width / width  times its variance, as for all maps from the width to a
+                     fixed size: routers, keys and values with a fixed number and size of heads
+        other maps   unchanged: variance 1 / fan_in
 
     (Yang et al., 2022, "Tensor Programs V", table 3. What does not depend on the width is as in
-    `base`, so a model of the base width does not change.) Two things are for the configuration: if
-    heads become larger, and not more, scores must be divided by their size and not its root,
+    `base`, so a model of the base width does not change.) Two things are up to the configuration:
+    if heads become larger rather than more, scores must be divided by their size, not its root:
     `query_scale=base_head_dim**0.5 / head_dim`; and the head must have weights of its own.
 
     Arguments:
 
     - `model`: the model.
-    - `base`: one of the width that was tuned, or only its shapes, as of
-        `equinox.filter_eval_shape`; alike in all but sizes.
+    - `base`: a model of the width that was tuned, or only its shapes, as from
+        `equinox.filter_eval_shape`; identical except for sizes.
 
     Raises:
 
-    - `ValueError` if the two do not have the same parameters, or if no map of its own leads out of
-        the width, as with `tie_embeddings=True`.
+    - `ValueError` if the two do not have the same parameters, or if no separate map leads from the
+        width to a fixed size, as with `tie_embeddings=True`.
     """
     widths = _widths(model, base)
-    # Others than the head may lead to a size that stays: routers, keys of as many heads.
+    # Not only the head leads to a fixed size: routers do, and keys of a fixed number of heads.
     config, head = getattr(model, "config", None), getattr(model, "head", None)
     tied = head is None and getattr(config, "tie_embeddings", False)
     is_wider = any(w.fan_out != 1 for w in widths.values())
     if is_wider and (tied or not any(map(_is_head, widths.values()))):
         raise ValueError(
-            "mup_init: no head leads from the width to a size that stays; one that is the "
-            "embedding cannot be scaled apart from it, so use tie_embeddings=False."
+            "mup_init: no head leads from the width to a fixed size; one that is tied to the "
+            "embedding cannot be scaled separately, so use tie_embeddings=False."
         )
 
     def scaled(place: Place, x: Any) -> Any:
@@ -53,7 +53,7 @@ def mup_init(model: Model, base: PyTree) -> Model:
             return x
         if _is_head(width):
             return x / math.sqrt(width.fan_in)
-        # The library's standard deviation is one over the root of the size of the vectors.
+        # The library's standard deviation for embeddings is `1 / sqrt(d_model)`.
         is_table = isinstance(place.inside[-1], Embedding)
         return x * math.sqrt(width.fan_out) if is_table else x
 
@@ -61,11 +61,11 @@ def mup_init(model: Model, base: PyTree) -> Model:
 
 
 def mup_learning_rates(model: PyTree, base: PyTree) -> PyTree[float | None]:
-    """Factors on the learning rate of every parameter, for Adam and the like.
+    """Factors on the learning rate of every parameter, for Adam and similar optimisers.
 
-    `base fan_in / fan_in` for the weights of linear maps, the output head among them, and one for
-    embeddings, norms and biases. (Yang et al., 2022, table 3.) In optax, before weight decay,
-    which then does not depend on the width:
+    `base fan_in / fan_in` for the weights of linear maps, including the output head, and one for
+    embeddings, norms and biases. (Yang et al., 2022, table 3.) In optax, put them before weight
+    decay, which then does not depend on the width:
 
         factors = mup_learning_rates(model, base)
         optax.chain(
@@ -79,7 +79,7 @@ def mup_learning_rates(model: PyTree, base: PyTree) -> PyTree[float | None]:
 
     Returns:
 
-    A PyTree of the same structure with a number for every floating array, and `None` for all else.
+    A PyTree of the same structure with a number for every floating array, and `None` for the rest.
     """
     widths = _widths(model, base)
 
@@ -90,7 +90,7 @@ def mup_learning_rates(model: PyTree, base: PyTree) -> PyTree[float | None]:
 
 
 class _Width(NamedTuple):
-    """How many times the base a map's sizes are."""
+    """The sizes of a map, relative to the base."""
 
     fan_in: float
     fan_out: float
@@ -106,7 +106,7 @@ def _widths(model: PyTree, base: PyTree) -> dict[str, _Width]:
     if sizes.keys() != base_sizes.keys():
         raise ValueError(
             f"mup: {sorted(sizes.keys() ^ base_sizes.keys())[0]} is a parameter of only one of the "
-            "model and the base; they must be alike in all but sizes."
+            "model and the base; they must be identical except for sizes."
         )
     return {
         path: _Width(size[0] / base_sizes[path][0], size[1] / base_sizes[path][1])
@@ -115,7 +115,7 @@ def _widths(model: PyTree, base: PyTree) -> dict[str, _Width]:
 
 
 def _sizes(model: PyTree) -> dict[str, tuple[int, int]]:
-    """Sizes before and after, by path. Vectors come from a single number, as biases do."""
+    """Input and output sizes, by path. Vectors, such as biases, have input size 1."""
     found: dict[str, tuple[int, int]] = {}
 
     def visit(place: Place, x: Any) -> None:

@@ -1,4 +1,4 @@
-"""What parameters are stored in, computed in, and returned in."""
+"""The dtypes of parameters, computations and outputs."""
 
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ Tree = TypeVar("Tree")
 
 
 class PrecisionPolicy(eqx.Module):
-    """Three dtypes: of parameters, of what is computed with them, and of what comes out.
+    """Three dtypes: of parameters, of computations with them, and of outputs.
 
         policy = PrecisionPolicy(jnp.float32, jnp.bfloat16, jnp.float32)
 
@@ -19,8 +19,8 @@ class PrecisionPolicy(eqx.Module):
             model = policy.to_compute(model)       # and so have the gradients, through the cast
             outputs = policy.to_output(jax.vmap(model)(policy.to_compute(batch.inputs)))
 
-    Sums within layers, norms and softmaxes are in float32 or wider in any case. Models with `dtype`
-    and `param_dtype` in their configuration can have the same done there.
+    Sums within layers, norms and softmaxes are in float32 or wider in any case. For models with
+    `dtype` and `param_dtype` in their configuration, these do the same.
     """
 
     param_dtype: DTypeLike = eqx.field(static=True, converter=jnp.dtype)
@@ -28,15 +28,15 @@ class PrecisionPolicy(eqx.Module):
     output_dtype: DTypeLike = eqx.field(static=True, converter=jnp.dtype)
 
     def to_param(self, tree: Tree) -> Tree:
-        """The PyTree with its floating arrays as parameters are stored."""
+        """The PyTree with its floating arrays in the dtype of parameters."""
         return _cast(tree, self.param_dtype)
 
     def to_compute(self, tree: Tree) -> Tree:
-        """The PyTree with its floating arrays as they are computed with."""
+        """The PyTree with its floating arrays in the dtype of computations."""
         return _cast(tree, self.compute_dtype)
 
     def to_output(self, tree: Tree) -> Tree:
-        """The PyTree with its floating arrays as they come out."""
+        """The PyTree with its floating arrays in the dtype of outputs."""
         return _cast(tree, self.output_dtype)
 
 

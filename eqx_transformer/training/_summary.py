@@ -1,4 +1,4 @@
-"""What a model is made of, as numbers and as a table to print."""
+"""Parameter counts of a model, as numbers and as a table to print."""
 
 import math
 from typing import Any, NamedTuple
@@ -18,13 +18,13 @@ class ParameterCounts(NamedTuple):
     total: int
     """All of them."""
     embedding: int
-    """Those of tables that are looked up, tokens and positions; with tied weights also the head."""
+    """Those in tables of token and position embeddings; with tied weights also the head."""
     active: int
-    """Those that a token goes through: of experts, as many as it chooses."""
+    """Those used for a token: of experts, only as many as it chooses."""
 
     @property
     def non_embedding(self) -> int:
-        """All but the tables: the `N` of scaling laws, whose head is the embedding; one of its own
+        """All but the tables: the `N` of scaling laws, where the head is tied; a separate head
         counts here. (Kaplan et al., 2020, section 2.1.)"""
         return self.total - self.embedding
 
@@ -34,7 +34,7 @@ def parameter_counts(model: PyTree) -> ParameterCounts:
 
     Arguments:
 
-    - `model`: the model, or only its shapes, as of `equinox.filter_eval_shape`.
+    - `model`: the model, or only its shapes, as from `equinox.filter_eval_shape`.
     """
     rows = _rows(model)
     return ParameterCounts(
@@ -45,11 +45,11 @@ def parameter_counts(model: PyTree) -> ParameterCounts:
 
 
 def summary(model: PyTree, *args: Any) -> str:
-    """What a model is made of, as text to print; nothing is computed.
+    """The parameters of a model in a table, as text to print; nothing is computed.
 
     Arguments:
 
-    - `model`: the model, or only its shapes, as of `equinox.filter_eval_shape`.
+    - `model`: the model, or only its shapes, as from `equinox.filter_eval_shape`.
     - `args`: what the model is called with, or only shapes: then the table ends with the
         operations of this call; see `model_flops`.
     """

@@ -182,7 +182,7 @@ REFUSED = {
     "dtype": (_arrays(dtype=jnp.float32), {}, "float32"),
     "score mod": (_arrays(), {"score_mod": ALiBi(2)}, "score_mod"),
     "sinks": (_arrays(), {"sinks": jnp.zeros(2)}, "sinks"),
-    "dropout": (_arrays(), {"dropout_rate": 0.5, "dropout_key": jr.key(0)}, "drop other weights"),
+    "dropout": (_arrays(), {"dropout_rate": 0.5, "dropout_key": jr.key(0)}, "drop different"),
     "positions": (_arrays(), {"q_positions": jnp.arange(16)}, "positions"),
     "padding": (_arrays(), {"mask": Padding(jnp.ones(16, bool))}, "Padding"),
     "documents": (_arrays(), {"mask": Causal() & Segments(jnp.zeros(16, int))}, "Segments"),

@@ -432,7 +432,7 @@ def test_two_stacks():
     )
     with pytest.raises(ValueError, match=r"different shapes .*\(6, 16\) and \(9, 16\).*stack="):
         capture(model, "output")(source, TOKENS)
-    with pytest.raises(ValueError, match="has 2 stacks, but one must be meant; name it"):
+    with pytest.raises(ValueError, match="has 2 stacks, but it takes 1; name it"):
         logit_lens(model)
 
 
@@ -496,7 +496,7 @@ def test_images_and_methods():
         ),
         (
             lambda m: patched(m, "output", jnp.sum)(TOKENS),
-            r"must return what it is given, float32\[9, 16\], but returned float32\[\]",
+            r"must keep shape and dtype, float32\[9, 16\], but returned float32\[\]",
         ),
         (
             lambda m: patched(m, "output", lambda x: x.astype(jnp.bfloat16))(TOKENS),
@@ -508,11 +508,11 @@ def test_images_and_methods():
         ),
         (
             lambda m: replaced(m, "output", jnp.zeros((2, 9, 16)), jnp.ones((2, 9, 16, 1), bool)),
-            r"where has shape \(2, 9, 16, 1\) but values \(2, 9, 16\)",
+            r"where has shape \(2, 9, 16, 1\) but values has \(2, 9, 16\)",
         ),
         (
             lambda m: replaced(m, "output", jnp.zeros((2, 9, 16)), jnp.ones((2, 3), bool)),
-            r"where has shape \(2, 3\) but values \(2, 9, 16\)",
+            r"where has shape \(2, 3\) but values has \(2, 9, 16\)",
         ),
         (
             lambda m: replaced(m, "output", jnp.zeros((2, 7, 16)), jnp.ones(2, bool))(TOKENS),
@@ -520,7 +520,7 @@ def test_images_and_methods():
         ),
         (
             lambda m: patched(m, "output", eqx.Partial(steer, v=jnp.ones(2))),
-            "the function for 'output' holds arrays, which a stack would take",
+            "the function for 'output' holds arrays, which a stack would mistake",
         ),
     ],
 )

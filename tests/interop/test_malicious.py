@@ -106,7 +106,7 @@ FILES = {
     "header is a list": (lambda data: join(b"[]", b""), "damaged"),
     "header is deep": (lambda data: join(b'{"a":' * 100_000, b""), "too deeply"),
     "pickle": (lambda data: b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00.", "damaged"),
-    "name twice": (duplicated, "stands in it twice"),
+    "name twice": (duplicated, "has a duplicate name"),
     "entry is a list": (with_header(lambda h: h | {"model.norm.weight": []}), "damaged"),
     "entry without a shape": (
         with_header(lambda h: h["lm_head.weight"].pop("shape") and None),
@@ -129,7 +129,7 @@ FILES = {
     "overlap": (with_header(overlapping), "begins at byte"),
     "ranges swapped": (with_header(swap_ranges), "has .* bytes"),
     "gap": (with_header(lambda h: h.pop("model.norm.weight") and None), "begins at byte|describes"),
-    "integers for weights": (entry({"dtype": "I32"}), "none of"),
+    "integers for weights": (entry({"dtype": "I32"}), "not one of"),
     "float8": (entry({"dtype": "F8_E4M3", "shape": [32]}), "different"),
 }
 
@@ -152,7 +152,7 @@ CONFIGS = {
     "no JSON": (lambda text: b"import os", "cannot be read"),
     "a list": (lambda text: b"[]", "list, not an object"),
     "deep": (lambda text: b"[" * 100_000, "too deeply"),
-    "name twice": (lambda text: text.replace(b"{", b'{"hidden_size": 4,', 1), "twice"),
+    "name twice": (lambda text: text.replace(b"{", b'{"hidden_size": 4,', 1), "duplicate"),
     "unknown kind": (fields(model_type="evil"), "model_type='evil'; the families"),
     "kind is a list": (fields(model_type=["llama"]), "model_type="),
     "another family's": (fields(model_type="gpt2"), "no field"),
@@ -167,13 +167,13 @@ CONFIGS = {
     ),
     "rope is text": (fields(rope_scaling="linear"), "must be an object"),
     "10**9 layers": (fields(num_hidden_layers=10**9), "num_hidden_layers"),
-    "10**15 words": (fields(vocab_size=10**15), "different: |cannot be made"),
-    "width of 2**62": (fields(hidden_size=2**62), "cannot be made|different"),
-    "no heads": (fields(num_attention_heads=0), "cannot be made"),
-    "negative width": (fields(hidden_size=-8), "cannot be made"),
-    "width is text": (fields(hidden_size="8"), "cannot be made"),
-    "width is null": (fields(hidden_size=None), "cannot be made"),
-    "infinite eps": (fields(rms_norm_eps=float("inf")), "cannot be made|cannot be read"),
+    "10**15 words": (fields(vocab_size=10**15), "different: |cannot be turned"),
+    "width of 2**62": (fields(hidden_size=2**62), "cannot be turned|different"),
+    "no heads": (fields(num_attention_heads=0), "cannot be turned"),
+    "negative width": (fields(hidden_size=-8), "cannot be turned"),
+    "width is text": (fields(hidden_size="8"), "cannot be turned"),
+    "width is null": (fields(hidden_size=None), "cannot be turned"),
+    "infinite eps": (fields(rms_norm_eps=float("inf")), "cannot be turned|cannot be read"),
     "other widths": (fields(intermediate_size=5), r"gate_proj.weight is float32\[6, 8\]"),
 }
 

@@ -109,7 +109,7 @@ def test_bad_parts(make, message):
         ({"layer_types": ()}, "names 0 layers"),
         ({"rope_local_theta": 10.0}, "rope_local_theta=10.0 has no effect"),
         ({"rotary_fraction": 1.5}, "rotary_fraction=1.5 must be more than 0 and at most 1"),
-        ({"rotary_fraction": 0.05}, "turns 3 features, which must be even"),
+        ({"rotary_fraction": 0.05}, "rotates 3 features, which must be even"),
         ({"moe": MoEConfig(**MOE, first_dense=6)}, "none of the num_layers=6 layers"),
         ({"positions": "alibi", "rope_interleaved": True}, "positions is not 'rope'"),
         ({"alibi_scale": 0.5}, "alibi_scale=0.5 has no effect.*positions is not 'alibi'"),

@@ -597,7 +597,7 @@ WRONG = {
     "d_embedding": (0, "d_embedding=0"),
     "num_decoder_heads": (3, "d_model=8 is not a multiple of num_decoder_heads=3"),
     "uncounted_token_id": (3, "position_offset=0 must be at least 1"),
-    "position_offset": (2, "positions='sinusoidal' does not have"),
+    "position_offset": (2, "positions='sinusoidal' has none"),
     "rope_local_theta": (7.0, "no meaning for positions='sinusoidal'"),
     "layer_types": ("sliding", "window=None and layer_types='sliding' do not fit"),
     "first_norm": (False, "layout='post' does not have"),

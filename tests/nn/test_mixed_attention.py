@@ -377,9 +377,9 @@ def test_ways_to_make_patterns():
         ({"tokens": (*TOKENS, TokenSpec("volume", 0))}, "names of tokens have 'volume' more"),
         (
             {"tokens": (TokenSpec("surface", 10), TokenSpec("inlet", 5))},
-            "no pattern says what 'inlet' attends to",
+            "no pattern has 'inlet' among its query_tokens",
         ),
-        ({"tokens": (TokenSpec("volume_queries", 15),)}, "attend to 'volume', which is none of"),
+        ({"tokens": (TokenSpec("volume_queries", 15),)}, "attend to 'volume', which is not one"),
         (
             {"tokens": (TokenSpec("volume_queries", 15), TokenSpec("volume", None))},
             r"'volume' has size=None, so its keys and values come from a cache, which has \[\]",

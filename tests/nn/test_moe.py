@@ -670,7 +670,7 @@ def test_any_module_is_an_expert(x64):
         ({"num_groups": 2}, "num_experts=7 is not a multiple of num_groups=2"),
         ({"top_groups": 2}, "top_groups=2 of num_groups=1"),
         ({"num_groups": 7, "top_groups": 1}, "must be at least 1 and have top_k=2"),
-        ({"num_groups": 7, "top_groups": 2, "group_score": "top2"}, "groups of two experts"),
+        ({"num_groups": 7, "top_groups": 2, "group_score": "top2"}, "groups of at least two"),
         ({"group_score": "mean"}, "mean"),
         ({"shared_gate": True}, "shared_gate=True needs shared_experts"),
     ],
@@ -699,7 +699,7 @@ def test_bad_inputs():
                 D_MODEL, EXPERTS, expert, capacity_factor=capacity_factor, key=key
             )
 
-        with pytest.raises(ValueError, match=r"float32\[\d+, 3\] of float32\[\d+, 6\]"):
+        with pytest.raises(ValueError, match=r"float32\[\d+, 3\] for float32\[\d+, 6\]"):
             call(build(make_layer), 4, D_MODEL)
 
 

@@ -174,7 +174,7 @@ def test_no_rows_no_losses(getkey):
         ({"label_smoothing": 1}, "label_smoothing=1 must be at least 0 and below 1"),
         ({"z_loss": -1e-4}, "z_loss=-0.0001 must not be negative"),
         ({"chunk_size": 0}, "chunk_size=0 must be at least 1"),
-        ({"head": lambda x: x.sum()}, r"head made \(\) of \(3, 4\)"),
+        ({"head": lambda x: x.sum()}, r"head returned \(\) for \(3, 4\)"),
     ],
 )
 def test_errors(options, message):

@@ -26,7 +26,7 @@ class Visits(NamedTuple):
 
 
 class Loops(NamedTuple):
-    """What is known of `Visits` ahead of time."""
+    """What is known about `Visits` at trace time."""
 
     ordered: bool
     """Whether the tiles of a line are `0, 1, 2, ...`."""
@@ -37,10 +37,10 @@ class Loops(NamedTuple):
 
 
 class Span(NamedTuple):
-    """For a single row of tiles, those from the first that is not empty to the last."""
+    """For a single row of tiles, the range from the first that is not empty to the last."""
 
     bounds: Int[Array | np.ndarray, "2"]
-    """The first of them, and the one behind the last."""
+    """The first of them, and one past the last."""
     any_masked: bool
     """Whether some tile may need the mask."""
 
@@ -58,8 +58,8 @@ def loops(visits: Visits | Span) -> Loops:
 def visits(inputs: Inputs, block_q: int, block_kv: int, *, transposed: bool = False) -> Visits:
     """Lists the tiles that are not empty, by row or, `transposed`, by column.
 
-    What follows from static facts alone consists of constants. Everything else is computed by the
-    program, and is one more operand with a batch axis where the mask or the positions have one.
+    What follows from static facts alone becomes constants. Everything else is computed at run time,
+    and is one more operand, batched where the mask or the positions are.
     """
     kinds = _kinds(inputs, block_q, block_kv)
     kinds = kinds.T if transposed else kinds
@@ -67,10 +67,9 @@ def visits(inputs: Inputs, block_q: int, block_kv: int, *, transposed: bool = Fa
 
 
 def span(inputs: Inputs, block_kv: int) -> Span:
-    """The tiles that are not empty, where all queries are one tile.
+    """The range of tiles that are not empty, where all queries are one tile.
 
-    Few queries are cheap to mask and their keys costly to read, so that a list of tiles would be
-    worth less than the time it takes to sort it.
+    Few queries are cheap to mask, so a list of tiles would not be worth the time it takes to sort.
     """
     kinds = _kinds(inputs, inputs.q_seq, block_kv)[0]
     xp: Any = np if isinstance(kinds, np.ndarray) else jnp
@@ -81,7 +80,7 @@ def span(inputs: Inputs, block_kv: int) -> Span:
 
 
 def _kinds(inputs: Inputs, block_q: int, block_kv: int) -> Any:
-    """Whether tiles are empty, full or neither: NumPy's where it is known ahead of time."""
+    """Whether tiles are empty, full or partial: a NumPy array where known at trace time."""
     rows, columns = -(-inputs.q_seq // block_q), -(-inputs.kv_seq // block_kv)
     at_default = inputs.q_positions is None and inputs.kv_positions is None
     kinds: Any
@@ -92,7 +91,7 @@ def _kinds(inputs: Inputs, block_q: int, block_kv: int) -> Any:
     else:
         q = _ranges(inputs.q_positions, inputs.q_seq, block_q)
         kinds = _classified(inputs.mask, q, _ranges(inputs.kv_positions, inputs.kv_seq, block_kv))
-    # What sticks out of the sequence is masked like what a mask excludes.
+    # Positions beyond the sequence are masked like those that a mask excludes.
     edge = np.full((rows, columns), FULL)
     if inputs.kv_seq % block_kv:
         edge[:, -1] = PARTIAL
@@ -105,7 +104,7 @@ def _is_data(leaf: Any) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _static_kinds(mask: AbstractMask, q_seq: int, kv_seq: int, block_q: int, block_kv: int) -> Any:
-    # Every kernel of a call asks, each time it is traced.
+    # Cached, because every kernel of a call asks, each time it is traced.
     q, kv = _ranges(None, q_seq, block_q), _ranges(None, kv_seq, block_kv)
     with jax.ensure_compile_time_eval():
         return np.array(_classified(mask, q, kv))

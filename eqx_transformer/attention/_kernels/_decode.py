@@ -1,11 +1,11 @@
 """Decoding: few queries and many keys, which are split over programs.
 
 The queries of all heads that share a key head are the rows of one tile, so that keys are read once.
-A program has some hundreds of keys and leaves its part of the output with its log-sum-exp, by which
-the parts are added up (Dao et al., Flash-Decoding, 2023). How many keys depends on the shapes of a
-single sequence: what a sequence gives does not depend on what else is in a batch.
+A program takes some hundreds of keys and writes a partial output and its log-sum-exp, by which the
+parts are merged (Dao et al., Flash-Decoding, 2023). How many keys depends on the shapes of a single
+sequence only: its result does not depend on what else is in a batch.
 
-Keys are read where they are, in a cache that has heads first or in pages.
+Keys are read in place, from a cache with heads first or from pages.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def forward(inputs: Inputs, tuning: Tuning) -> tuple[Any, Any]:
     source = inputs.source or Source(inputs.q, inputs.k, inputs.v)
     k, k_spec = _in_place(source.k, source.page_table)
     v, v_spec = _in_place(source.v, source.page_table)
-    # Rows are heads within queries.
+    # Rows run over queries, and for each of them over heads.
     q = source.q.reshape(frame.q_seq, frame.kv_heads, frame.group, frame.head_dim)
     q = q.swapaxes(0, 1).reshape(frame.kv_heads, -1, frame.head_dim)
     operands |= {"q": q, "k": k, "v": v, "page_table": source.page_table}
@@ -61,21 +61,21 @@ def _tiles_of_program(frame: Frame) -> int:
 
 
 def _in_place(x: Any, page_table: Any) -> tuple[Any, pl.BlockSpec]:
-    """Keys or values, and what a program may read of them: all positions of one head."""
+    """Keys or values, and the block that a program may read: all positions of one head."""
     dim = padded(x.shape[-1])
     if page_table is not None:
         return x, pl.BlockSpec((*x.shape[:2], None, dim), lambda s, g: (0, 0, g, 0))
-    # Caches have heads first, and were transposed for the call. XLA cancels the two.
+    # Caches have heads first, and were transposed for the call. XLA cancels the two transposes.
     x = x.swapaxes(0, 1)
     return x, pl.BlockSpec((None, x.shape[1], dim), lambda s, g: (g, 0, 0))
 
 
 def _added_up(out: Any, lse: Any, sinks: Any) -> tuple[Any, Any]:
-    """What all keys give, from the parts along the first axis."""
+    """Merges the parts along the first axis."""
     total = jax.nn.logsumexp(lse, axis=0)
     if sinks is not None:
         total = jnp.logaddexp(total, sinks.astype(total.dtype)[None, :])
-    # Of nothing at all there is no share.
+    # Where no key was seen at all, all shares are zero.
     share = jnp.exp(lse - jnp.where(jnp.isneginf(total), jnp.inf, total)[None])
     return (out * share[..., None]).sum(axis=0), total
 
@@ -93,7 +93,7 @@ def _decode_kernel(frame: Frame, refs: dict[str, Any], out_ref: Any, lse_ref: An
         k = load(refs["k"], place, frame.block_kv, frame.head_dim, below=tile.kv.below)
         v = load(refs["v"], place, frame.block_kv, frame.v_dim, below=tile.kv.below)
         if allowed is not None:
-            # A weight of zero does not keep out a NaN, and these are not the sanitized values.
+            # A weight of zero does not keep out a NaN, and these values are not sanitized.
             seen = allowed.astype(jnp.int32).max(axis=0) > 0
             v = jnp.where(jnp.broadcast_to(seen[:, None], v.shape), v, jnp.zeros_like(v))
         return attended(tile, q, k, v, allowed, state)
@@ -107,11 +107,11 @@ def _decode_kernel(frame: Frame, refs: dict[str, Any], out_ref: Any, lse_ref: An
 
 
 def _with_rows(tile: Tile, kv_head: Any) -> Tile:
-    """Says which queries and heads the rows are."""
+    """The tile, with the queries and heads of its rows."""
     frame = tile.frame
     row = jnp.arange(frame.block_q, dtype=jnp.int32)
     count = frame.q_seq * frame.group
-    # Those too many repeat the last: what may be looked at then is what a query may look at.
+    # Surplus rows repeat the last query, so that they may see only keys that a query may see.
     inside = jnp.minimum(row, count - 1)
     index = lax.div(inside, jnp.full_like(inside, frame.group))
     positions = tile.refs["q_pos"]
@@ -124,7 +124,7 @@ def _with_rows(tile: Tile, kv_head: Any) -> Tile:
 
 
 def _place(tile: Tile, column: Any) -> Any:
-    """Where the keys of a tile are: from where on, or the page and the place in it of each."""
+    """Where the keys of a tile are: the first one's index, or each one's page and offset in it."""
     table, frame = tile.refs["page_table"], tile.frame
     if table is None:
         return column * frame.block_kv
@@ -132,6 +132,6 @@ def _place(tile: Tile, column: Any) -> Any:
     num_pages, page_size = tile.refs["k"].shape[:2]
     index = jnp.minimum(tile.kv.index, frame.kv_seq - 1)
     which = lax.div(index, jnp.full_like(index, page_size))
-    # Pages beyond the sequence may be any number. What they hold is masked.
+    # Table entries beyond the sequence may be any number. What they lead to is masked.
     page = jnp.clip(table[which], 0, num_pages - 1)
     return page, index - which * page_size

@@ -1,7 +1,7 @@
-"""What is decided when a program is lowered: whose kernels run, and whether they are interpreted.
+"""Decisions at lowering time: which platform's kernels run, and whether they are interpreted.
 
-So a program traced on one platform runs on another, and only what is needed is traced. A kernel is
-compiled where there is hardware for it, else interpreted.
+So a program traced on one platform runs on another, and only the kernels it needs are traced. A
+kernel is compiled where there is hardware for it, else interpreted.
 """
 
 import dataclasses
@@ -98,20 +98,20 @@ def _abstract_eval(*operands: Any, run: Any, types: Any) -> Any:
 
 
 def _lower(ctx: Any, *operands: Any, platform: str, **params: Any) -> Any:
-    # Over which mesh axes values vary has been settled; the interpreter does not know of it.
+    # Varying mesh axes have served their purpose, and the interpreter does not know them.
     plain = [
         [jax.core.ShapedArray(x.shape, x.dtype) for x in y] for y in (ctx.avals_in, ctx.avals_out)
     ]
     rule = mlir.lower_fun(partial(_run, platform=platform), multiple_results=True)
     with warnings.catch_warnings():
-        # It is to be removed from some later JAX, in favour of one for the newest GPUs only.
+        # A later JAX is to replace this backend by one for the newest GPUs only.
         warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
         try:
             return rule(ctx.replace(avals_in=plain[0], avals_out=plain[1]), *operands, **params)
         except NotImplementedError as error:
             if isinstance(error, NoKernelError):
                 raise
-            # Operations of score mods and masks that are known on one platform and not on another.
+            # Score mods and masks may use operations that only some platforms support.
             reason = str(error).partition(". Please file an issue")[0]
             message = f"has no kernel for this on platform {platform!r} ({reason})"
             raise NoKernelError(message) from error

@@ -1,6 +1,6 @@
 """Attention by the kernels, with every derivative.
 
-Pallas is imported when a kernel is used: it takes time, and later versions of JAX lack a part.
+Pallas is imported when a kernel is used: it takes time, and later versions of JAX lack parts of it.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from ._tuning import HopperTiles, Kernel, Tiles, Tuning, decodes
 from ._unrolled import NoKernelError
 
 Platform = Literal["cuda", "hopper", "tpu"]
-"""For which there are kernels. Those for Hopper GPUs are used where they are known to be faster."""
+"""What there are kernels for. Those for Hopper GPUs are used where they are known to be faster."""
 
 _MAX_DIM = 256
 """The greatest head dimension whose tiles fit a program's shared memory."""
 
 
 def refusal(inputs: Inputs) -> str | None:
-    """Why there are no kernels for a call on any machine; `None` if there are."""
+    """Why the kernels cannot compute this call on any machine; `None` if they can."""
     if inputs.dtype != jnp.float32:
         return f"has no kernels for {inputs.q.dtype}"
     try:
@@ -49,7 +49,7 @@ def _check_dims(inputs: Inputs) -> None:
 
 
 def _chunked_instead(inputs: Inputs) -> bool:
-    """Whether the chunked passes do it: in float64, and where nothing is to be computed."""
+    """Whether to use the chunked passes instead: in float64, and where an input is empty."""
     if inputs.dtype != jnp.float32:
         return True
     _check_dims(inputs)
@@ -58,7 +58,7 @@ def _chunked_instead(inputs: Inputs) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Kernels:
-    """The kernels of a platform: that which a program is lowered for, if none is given."""
+    """The kernels of a platform: by default, the one that a program is lowered for."""
 
     tuning: Tuning
     platform: Platform | None = None
@@ -92,7 +92,7 @@ class _Kernels:
                 if platform == "cuda":
                     reason = "needs Pallas for Triton on this GPU, which this version of JAX lacks"
                     raise NoKernelError(reason) from error
-                # Where kernels are interpreted, those for TPUs do as well.
+                # The kernels will be interpreted, so those for TPUs do just as well.
                 from . import _tpu as kernels
 
             return run(kernels, self.tuning, inputs, *args)
@@ -189,7 +189,7 @@ def _transpose(
         weights = jnp.exp(inputs.sinks.astype(inputs.dtype)[None, :] - _finite(lse))
         result["sinks"] = -(weights * delta).sum(axis=0).astype(inputs.sinks.dtype)
     if "score_mod" in wanted:
-        # A sum over tiles for every array of the score mod: no kernel for it, but little memory.
+        # A sum over tiles for every array of the score mod. Not by a kernel, but in little memory.
         rest = chunked.transpose(residuals, cotangents, frozenset({"score_mod"}))
         result["score_mod"] = rest["score_mod"]
     return result
@@ -222,14 +222,14 @@ class _Transpose:
 
 
 def _finite(lse: Array) -> Array:
-    """`inf` for rows that attend to nothing, whose weights are all zero."""
+    """The log-sum-exp, but `inf` for rows that attend to nothing, whose weights are all zero."""
     return jnp.where(jnp.isneginf(lse), jnp.inf, lse)
 
 
 def kernel_passes(
     tiles: Tiles | HopperTiles | None = None, platform: Platform | None = None
 ) -> Passes:
-    """The passes, with given tiles or those that suit the inputs, and by which kernels."""
+    """The passes by a platform's kernels, with the given tiles or those that suit the inputs."""
     kernels = _Kernels(Tuning(tiles), platform)
     return Passes(_Forward(kernels), _Tangent(kernels), _Transpose(kernels))
 

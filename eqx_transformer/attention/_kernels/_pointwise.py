@@ -5,7 +5,7 @@ any JAX function, with arrays it indexes. Being elementwise, it is traced on sca
 
 - what depends on its arrays alone is computed before the kernel, by XLA;
 - what is left is flattened into instructions on scalars. Arrays in it, like the vector of indices
-  that indexing makes, are taken apart, and indexing an array becomes a load from memory.
+  that indexing creates, are taken apart, and indexing an array becomes a load from memory.
 
 In the kernel the instructions run on tiles in place of the scalars.
 """
@@ -29,7 +29,7 @@ class Instruction:
     """A scalar that is computed in the kernel."""
 
     compute: Callable[..., Any]
-    """Of the tiles of the inputs, and for a load first of the array's reference."""
+    """A function of the inputs' tiles; for a load, first of the array's reference."""
     inputs: tuple[Any, ...]
     """Instructions, and NumPy scalars."""
     needs: frozenset[str]
@@ -43,7 +43,7 @@ _PAIR = frozenset(("q_pos", "kv_pos"))
 
 
 class Program:
-    """Instructions for an elementwise function. It holds no arrays of the caller's."""
+    """Instructions for an elementwise function. It holds none of the caller's arrays."""
 
     def __init__(self, outputs: Sequence[Any]):
         self.outputs = tuple(outputs)
@@ -61,7 +61,7 @@ class Program:
             todo.append((node, True))
             todo.extend((x, False) for x in reversed(node.inputs))
         self.used = sorted({x.table for x in self.instructions if x.table is not None})
-        """Which of the collected arrays are read. A run is given the references of these."""
+        """Which of the collected arrays are read. A run is given references to these."""
 
     @property
     def looks_up_pairs(self) -> bool:
@@ -70,7 +70,7 @@ class Program:
 
     @property
     def operations(self) -> set[str]:
-        """The names of all operations of JAX that a run consists of."""
+        """The names of all JAX operations that a run consists of."""
         found: set[str] = set()
         for node in self.instructions:
             if node.compute is not _argument and node.table is None:
@@ -79,17 +79,17 @@ class Program:
         return found
 
     def start(self, refs: Sequence[Any]) -> "Run":
-        """Begins a run in a kernel, with the references of the tables."""
+        """Begins a run in a kernel, with references to the tables."""
         return Run(self, tuple(refs), frozenset(), {}).bind()
 
 
 def split(
     program: Program, before: Callable[[Instruction], bool]
 ) -> tuple[Program, dict[str, Instruction]]:
-    """The rest of a program after what is computed before, of which it takes results as arguments.
+    """Splits off the instructions that are computed before the kernel.
 
-    Returns it, and by name the instructions whose results these are. What it is given, or loads,
-    are numbers of 32 bits: see `wide`.
+    Returns the rest of the program, which takes their results as arguments, and by name the
+    instructions whose results these are. What the rest is given, or loads, has 32 bits: see `wide`.
     """
     given: dict[str, Instruction] = {}
     new: dict[Any, Any] = {}
@@ -114,9 +114,9 @@ def split(
 def results(
     program: Program, tables: Sequence[Any], given: dict[str, Instruction], **arguments: Any
 ) -> dict[str, Any]:
-    """Computes what a kernel is given, see `split`, of arrays of one rank.
+    """Computes what a kernel is given (see `split`), from arrays of one rank.
 
-    Each result has the shape to which those of the arguments it depends on broadcast.
+    Each result has the broadcast shape of the arguments it depends on.
     """
     start, ones = program.start(tables), (1,) * max(x.ndim for x in arguments.values())
     runs: dict[frozenset[str], Any] = {}
@@ -131,7 +131,7 @@ def results(
 
 
 def wide(dtype: Any) -> Any:
-    """The dtype of 32 bits for numbers of fewer."""
+    """The 32-bit dtype for numbers of fewer bits; others are kept."""
     if jnp.dtype(dtype).itemsize >= 4:
         return jnp.dtype(dtype)
     return jnp.dtype(jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else jnp.int32)
@@ -154,7 +154,7 @@ class Traced(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A program of which some arguments are known: what follows from these has been computed."""
+    """A partially evaluated program: what follows from the arguments so far has been computed."""
 
     program: Program
     refs: tuple[Any, ...]
@@ -213,10 +213,10 @@ def trace(
     Arguments:
 
     - `function`: takes the arguments by name and returns a tuple of scalars. Arrays that it closes
-        over, or what is computed of them alone, become the tables.
+        over, or what is computed from them alone, become the tables.
     - `arguments`: names and dtypes.
     - `what`: whose function it is, for error messages.
-    - `like`: an array that varies over the mesh axes of `jax.shard_map` that the arrays vary over.
+    - `like`: an array that varies over the same mesh axes of `jax.shard_map` as those arrays.
 
     Raises:
 

@@ -13,16 +13,16 @@ import numpy as np
 from jax import lax
 
 MAX_UNROLLED: Final = 256
-"""How many elements a sum, or steps a loop, may have."""
+"""The most elements that a sum, or steps that a loop, may have."""
 
 
 def _negated(x: Any) -> Any:
-    # Pallas for Hopper GPUs takes a detour for `not`, and loses its way.
+    # Pallas for Hopper GPUs fails to lower `not`.
     return x ^ jnp.full(x.shape, True)
 
 
 def select(which: Any, value: Any, otherwise: Any) -> Any:
-    """`value` where `which` holds. Of booleans by logic: Pallas for TPUs knows no other way."""
+    """`value` where `which` holds. By logic for booleans, which Pallas for TPUs cannot select."""
     if value.dtype == bool:
         return (which & value) | (_negated(which) & otherwise)
     return lax.select(which, value, otherwise)
@@ -200,7 +200,8 @@ def _gather(self: Any, eqn: Any, x: Any, indices: Any) -> Any:
             start, most = self.index(indices, (*batch, n)), x.shape[d] - sizes[d]
             if fills:
                 inside.append(_within(self, start, most))
-            # Also where nothing outside is meant to be read: rows that fill up a tile are not.
+            # Clipped even if indices are promised to be in bounds: those of rows that pad a tile
+            # need not be.
             full[d] = self.add(self.clip(start, most), full[d])
         return _where(
             self, inside, self.element(x, tuple(full)), np.asarray(fill_value, x.dtype)[()]
@@ -271,7 +272,7 @@ def _dot_general(self: Any, eqn: Any, x: Any, y: Any) -> Any:
 
 
 def computation(eqn: Any) -> Callable[..., Any]:
-    """What an elementwise operation computes, of what Pallas for TPUs knows too."""
+    """What an elementwise operation computes, by operations that Pallas for TPUs supports too."""
     name, out = eqn.primitive.name, eqn.outvars[0].aval.dtype
     dtypes = {x.aval.dtype for x in eqn.invars}
     (dtype, *others) = dtypes
@@ -285,7 +286,7 @@ def computation(eqn: Any) -> Callable[..., Any]:
         return _OF_BOOLEANS[name]
     narrow = jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize < 4 and not others
     if narrow and name not in _OF_BITS:
-        # TPUs compute with integers of 32 bits. What is cut off again is what overflows.
+        # TPUs compute with 32-bit integers. Truncating the result is how narrow ones overflow.
         return lambda *xs: compute(*(x.astype(jnp.int32) for x in xs)).astype(out)
     return compute
 
@@ -296,13 +297,13 @@ _OF_BOOLEANS: Final = {
     "not": _negated,
     "select_n": lambda which, otherwise, value: select(which, value, otherwise),
 }
-"""By logic, as Pallas for TPUs and Hopper GPUs knows no other way."""
+"""By logic, because Pallas for TPUs and Hopper GPUs cannot do these on booleans."""
 _OF_BITS: Final = ("clz", "convert_element_type", "population_count", "shift_right_logical")
-"""What depends on how many bits an integer has, not on its value alone."""
+"""Operations that depend on how many bits an integer has, not on its value alone."""
 
 
 def _sign(x: Any) -> Any:
-    # Pallas for TPUs has one that asks the machine at hand which TPU it is.
+    # The one of Pallas for TPUs asks the machine it is compiled on which TPU it has.
     found = (x > 0).astype(x.dtype) - (x < 0).astype(x.dtype)
     return jnp.where(x != x, x, found) if jnp.issubdtype(x.dtype, jnp.floating) else found
 

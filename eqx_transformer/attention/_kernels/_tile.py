@@ -77,10 +77,10 @@ def mask_program(inputs: Inputs) -> Traced | None:
 
 
 def mod_program(inputs: Inputs, *, slope: bool = False, tangent: Any = None) -> Traced | None:
-    """The score mod: the new score, with `slope` its derivative too, or its tangent.
+    """The score mod: the new score, with its derivative (`slope`) or its tangent (`tangent`).
 
-    The tangent is that in direction `dscore` and, in the mod's arrays, `tangent`: a PyTree like the
-    mod, with `None` for what stays as it is.
+    The tangent is in direction `dscore` and, for the mod's arrays, `tangent`: a PyTree like the
+    mod, with `None` for what is not perturbed.
     """
     mod = inputs.score_mod
     if mod is None:
@@ -166,9 +166,9 @@ class Side:
     """The queries, or the keys, of a tile."""
 
     index: Any
-    """Where they are in the sequence, `[block]`."""
+    """Their indices in the sequence, `[block]`."""
     below: Any
-    """Whether they are in the sequence at all; `None` for all."""
+    """Which of them are within the sequence; `None` if all are."""
     pos: Any
     """Their absolute positions, `[block]`."""
 
@@ -177,7 +177,7 @@ def side(start: Any, block: int, seq: int, positions: Any) -> Side:
     """Queries or keys from `start` on."""
     index = start + jnp.arange(block, dtype=jnp.int32)
     ragged = seq % block != 0
-    # A position that exists, so that a function of it is as well-behaved as elsewhere.
+    # Positions that exist, so that functions of them are as well-behaved as elsewhere.
     inside = jnp.minimum(index, seq - 1) if ragged else index
     return Side(
         index,
@@ -188,14 +188,14 @@ def side(start: Any, block: int, seq: int, positions: Any) -> Side:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tile:
-    """A tile of scores in a kernel, of which parts may be known only later."""
+    """A tile of scores in a kernel. Some fields may be filled in only later, by `at`."""
 
     frame: Frame
     refs: dict[str, Any]
     mod: Run | None
     mask: Run | None
     masked: bool = True
-    """Whether some pairs may be excluded, or stick out of the sequence."""
+    """Whether some pairs may be excluded, or be beyond the sequence."""
     head: Any = None
     """One for the tile, or one for each of its rows."""
     q: Side | None = None
@@ -210,7 +210,7 @@ class Tile:
         column: Any = None,
         masked: bool = True,
     ) -> "Tile":
-        """Says which tile it is. What follows for score mod and mask is computed here."""
+        """Sets which tile it is. What score mod and mask compute from that is computed here."""
         new: dict[str, Any] = {"masked": masked}
         mod, mask = {}, {}
         if head is not None:
@@ -233,13 +233,13 @@ class Tile:
         return dataclasses.replace(self, **new)
 
     def modified(self, score: Any, **tangents: Any) -> tuple[Any, ...]:
-        """What the score mod makes of scaled scores, in tiles of the same shape."""
+        """The results of the score mod for scaled scores, in tiles of the same shape."""
         assert self.mod is not None
         out = self.mod.bind(score=score, **tangents).outputs()
         return tuple(jnp.broadcast_to(x, score.shape) for x in out)
 
     def allowed(self) -> Any:
-        """Which pairs may attend; `None` for all."""
+        """Which pairs may attend; `None` if all may."""
         assert self.kv is not None
         if not self.masked:
             return None
@@ -269,7 +269,7 @@ def _alike(x: Any, y: Any) -> tuple[Any, Any]:
 
 
 def start(frame: Frame, refs: dict[str, Any]) -> Tile:
-    """The tile of a program that does not know yet which."""
+    """A tile of a program, still to be placed by `at`."""
     mod = None if frame.mod is None else frame.mod.start(refs["mod"])
     mask = None if frame.mask is None else frame.mask.start(refs["mask"])
     return Tile(frame, refs, mod, mask)

@@ -1,12 +1,12 @@
-"""The kernels for TPUs: those of `_triton.py`, in the form that a TPU asks for.
+"""The kernels for TPUs: those of `_triton.py`, in the form that suits a TPU.
 
-A core runs the programs of a grid in turn. So the tiles of a line (a row or, for the cotangents of
-keys and values, a column) are programs of their own: sums stay in scratch memory from the first to
-the last, and blocks are fetched while the tile before is computed. Of each kernel there are three
-functions: what begins a line, what a tile adds, and what finishes the line.
+A core runs the programs of a grid in order. So each tile of a line (a row or, for the cotangents of
+keys and values, a column) is a program of its own: sums stay in scratch memory from the first to
+the last, and blocks are fetched while the previous tile is computed. A kernel consists of three
+functions: one begins a line, one adds a tile, and one finishes the line.
 
-Tiles of scores are keys by queries. With queries along the lanes, what belongs to a query is a row,
-which is cheap to keep and to multiply with.
+Tiles of scores are keys by queries. With queries along the lanes, numbers that belong to queries
+are a row, which is cheap to keep and to multiply with.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ def forward(inputs: Inputs, tuning: Tuning) -> tuple[Any, Any]:
 
 
 def _tokens(x: Any, like: Any, dim: int | None = None) -> Any:
-    """As `[seq, heads, dim]` again."""
+    """Back to `[seq, heads, dim]`."""
     dim = like.shape[2] if dim is None else dim
     return x[:, : like.shape[0], :dim].swapaxes(0, 1).astype(like.dtype)
 
@@ -61,7 +61,7 @@ def _forward_kernel(
         peak = jnp.full(peak_ref.shape, -jnp.inf, jnp.float32)
         total = jnp.zeros(total_ref.shape, jnp.float32)
         if "sinks" in tile.refs["rows"]:
-            # A sink is a key that has been seen already, and whose value is zero.
+            # A sink acts as a key that has been seen already, and whose value is zero.
             peak = jnp.broadcast_to(tile.row("sinks") * LOG2E, peak.shape)
             total = jnp.where(peak == -jnp.inf, 0.0, 1.0)
         peak_ref[...], total_ref[...] = peak, total
@@ -107,7 +107,7 @@ def _residuals(
     return {
         "queries": {"q": plan.queries(inputs.q), "dout": plan.queries(dout)},
         "keys": {"k": plan.keys(inputs.k), "v": plan.keys(inputs.v)},
-        # Weights of queries that fill up a tile are zero.
+        # Weights of queries that pad a tile are zero.
         "rows": {"lse": plan.row(lse, jnp.inf), "delta": plan.row(delta)},
     }
 

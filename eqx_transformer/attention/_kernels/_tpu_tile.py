@@ -3,8 +3,9 @@
 Which tile comes next is known ahead, as the lists of `_block_map.py` are prefetched scalars.
 
 A kernel looks things up in small tables only. What a score mod or a mask looks up or computes for
-queries alone, or for keys alone, is computed before by XLA, in memory linear in the sequence. So is
-what is looked up for pairs in a table as large as the scores, like a dense mask: it comes in tiles.
+queries alone, or for keys alone, XLA computes beforehand, in memory linear in the sequence. Lookups
+for pairs in a table as large as the scores, like a dense mask, it also computes beforehand; their
+results are read in tiles.
 """
 
 import dataclasses
@@ -29,12 +30,12 @@ from ._unrolled import NoKernelError
 
 _LANES: Final = 128
 _BLOCK: Final = 512
-"""How many queries, and keys, a tile has at most. Greater ones take minutes to compile, or too
-much memory."""
+"""The most queries, and keys, that a tile has. Larger ones take minutes to compile, or too much
+memory."""
 _MAX_TABLE: Final = 1024
-"""How many elements a table in a kernel has at most: to look something up takes a step for 128."""
+"""The most elements that a table in a kernel has: a lookup takes one step per 128."""
 _KINDS: Final = ("queries", "keys", "rows", "columns", "pairs", "tables")
-"""Of operands, by their blocks: see `Plan.spec`."""
+"""Kinds of operands, by their blocks: see `Plan.spec`."""
 
 
 def _tiles(inputs: Inputs) -> Tiles:
@@ -57,18 +58,18 @@ class Plan:
     """The grid of a kernel, and what all kernels read."""
 
     frame: Frame
-    """With the parts of score mod and mask that are left to a kernel."""
+    """Its score mod and mask are the parts that are left to the kernel."""
     by_column: bool
     lists: tuple[Any, ...]
     """`full`, `live` and, if it is not trivial, `order`, as in `Visits`."""
     steps: int
-    """How many tiles a line has at most."""
+    """The most tiles that a line has."""
     operands: dict[str, dict[str, Any]]
-    """Arrays by the kind of their blocks (see `spec`), and by what they are for."""
+    """Arrays by the kind of their blocks (see `spec`), then by name."""
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Heads, lines, and tiles. If by column, key heads, lines, heads that share one, tiles."""
+        """Heads, lines, tiles. By column: key heads, lines, query heads of the key head, tiles."""
         frame = self.frame
         if self.by_column:
             return frame.kv_heads, frame.columns, frame.group, self.steps
@@ -78,7 +79,7 @@ class Plan:
         """The tile of a program, from the program's indices and the lists."""
         rank, group = len(self.grid), self.frame.group
         (head, line, *member, n), (_, live, *order) = ids[:rank], ids[rank:]
-        # Behind the last tile of a line that tile again: there is nothing to fetch.
+        # After the last tile of a line, the same tile again: then nothing is fetched.
         n = jnp.maximum(jnp.minimum(n, live[line] - 1), 0)
         n = order[0][line, n] if order else n
         if self.by_column:
@@ -117,15 +118,15 @@ class Plan:
         return _blocked(x, self.frame.block_kv)
 
     def row(self, x: Any, fill: float = 0.0) -> Any:
-        """As `[heads, 1, queries]`, of `[heads, queries]`."""
+        """`[heads, queries]` as `[heads, 1, queries]`, in whole tiles."""
         tail = (0, -x.shape[1] % self.frame.block_q)
         return jnp.pad(x[:, None], ((0, 0), (0, 0), tail), constant_values=fill)
 
 
 def _blocked(x: Any, block: int) -> Any:
-    # Memory has 128 lanes whether they are used or not. There are no numbers of type float16.
+    # Memory has 128 lanes whether they are used or not. TPUs have no float16.
     x = x.swapaxes(0, 1).astype(jnp.float32 if x.dtype == jnp.float16 else x.dtype)
-    # The last token again: at zeros a score mod may be singular, and zero times infinity is NaN.
+    # Padded with the last token: at zeros a score mod may be singular, and 0 * inf is NaN.
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0)), mode="edge")
     return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % _LANES)))
 
@@ -133,7 +134,7 @@ def _blocked(x: Any, block: int) -> Any:
 def make_plan(
     inputs: Inputs, kernel: Kernel, tuning: Tuning, mod: Traced | None, *, by_column: bool = False
 ) -> Plan:
-    """Grid and operands of a kernel, but for those that are its own."""
+    """The grid of a kernel, and the operands that all kernels have."""
     tuning = Tuning(tuning.fixed if isinstance(tuning.fixed, Tiles) else _tiles(inputs))
     frame, shared = prepare(inputs, kernel, tuning, mod, by_column=by_column)
     head = jnp.arange(frame.heads, dtype=jnp.int32)[:, None, None]
@@ -169,7 +170,7 @@ def make_plan(
 def _given(
     what: str, program: Program, tables: list[Any], frame: Frame, head: Any, q_pos: Any, kv_pos: Any
 ) -> tuple[Program, dict[str, Any]]:
-    """What is left of a program for a kernel, and what it is given, by kind."""
+    """The part of a program that is left to a kernel, and what that is given, by kind."""
     pair = frozenset(("q_pos", "kv_pos"))
     read = dict(zip(program.used, tables, strict=True))
     of_pairs: set[Any] = set()
@@ -189,20 +190,20 @@ def _given(
     for size in (read[n].size for n in rest.used):
         if size > _MAX_TABLE:
             raise NoKernelError(
-                f"has no kernels on a TPU for a {name} that looks something up for every pair of "
-                f"positions in a table of {size} elements, more than {_MAX_TABLE}"
+                f"has no kernels on a TPU for a {name} that indexes, for every pair of positions, "
+                f"a table of {size} elements, more than {_MAX_TABLE}"
             )
     if any(x.dtype == jnp.float16 for x in rest.instructions):
         raise NoKernelError(
-            f"has no kernels on a TPU for a {name} that has numbers of type float16 for every "
-            "pair of positions"
+            f"has no kernels on a TPU for a {name} that computes in float16 for every pair of "
+            "positions"
         )
     operands: dict[str, Any] = {kind: {} for kind in ("rows", "columns", "pairs")}
     places = {"head": head, "q_pos": q_pos[None, None, :], "kv_pos": kv_pos[None, :, None]}
     for name, x in results(program, tables, given, **places).items():
         needs = given[name].needs
         kind = "pairs" if needs >= pair else "columns" if "kv_pos" in needs else "rows"
-        # Booleans of pairs take less memory so, and are converted in the kernel.
+        # As int8, booleans of pairs take less memory; the kernel converts them.
         small = x.dtype == bool and kind == "pairs"
         x = x.astype(jnp.int8 if small else wide(x.dtype))
         operands[kind][name] = x.swapaxes(1, 2) if kind == "columns" else x
@@ -230,7 +231,7 @@ class _Lookup:
             for n in range(table.shape[0]):
                 row = jnp.broadcast_to(table[n : n + 1], shape)
                 there = jnp.take_along_axis(row, lane, axis=1, mode="promise_in_bounds")
-                # A shift, as a division is not cheap.
+                # A shift, as division is expensive.
                 found = jnp.where(part >> 7 == n, there, found)
             parts.append(found)
         return jnp.concatenate(parts, axis=1)
@@ -258,7 +259,7 @@ def call_kernel(
         out_specs=[plan.spec(kind, shape) for kind, shape, _ in outputs],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     )
-    # Heads and lines may be shared out to two cores; what is added up is not.
+    # Heads and lines may be split over two cores; axes that are summed over may not.
     semantics = (pltpu.PARALLEL,) * 2 + (pltpu.ARBITRARY,) * (len(plan.grid) - 2)
 
     def run(*leaves: Any, interpret: bool) -> Any:
@@ -305,7 +306,7 @@ class Tile:
     refs: dict[str, dict[str, Any]]
     column: Any
     masked: bool = True
-    """Whether some pairs may be excluded, or stick out of the sequence."""
+    """Whether some pairs may be excluded, or be beyond the sequence."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -321,7 +322,7 @@ class Tile:
         return self.refs["rows"][name][...]
 
     def run(self, what: str, program: Program) -> Run:
-        """A score mod or mask, with what was computed before."""
+        """A run of a score mod or mask, given what was computed beforehand."""
         arrays = {name: ref[...] for name, ref in self.refs["rows"].get(what, {}).items()}
         columns = self.refs["columns"].get(what, {})
         arrays |= {name: ref[...].T for name, ref in columns.items()}
@@ -333,14 +334,14 @@ class Tile:
         return program.start(tables).bind(**given)
 
     def modified(self, score: Any, **tangents: Any) -> tuple[Any, ...]:
-        """What the score mod makes of scaled scores."""
+        """The results of the score mod for scaled scores."""
         mod = self.plan.frame.mod
         assert mod is not None
         out = self.run("mod", mod).bind(score=score, **tangents).outputs()
         return tuple(jnp.broadcast_to(x, self.shape) for x in out)
 
     def allowed(self) -> Any:
-        """Which pairs may attend; `None` for all."""
+        """Which pairs may attend; `None` if all may."""
         frame = self.plan.frame
         if not self.masked:
             return None
@@ -367,7 +368,8 @@ class Tile:
     def weights(self, raw: Any, dscores: Any = None) -> tuple[Any, Any]:
         """Weights before dropout and, if there is a score mod, its derivative.
 
-        If tangents of the scores are given, with a score mod or without, theirs after it instead.
+        If tangents of the scores are given, returns instead of the derivative their tangents after
+        the score mod, if there is one.
         """
         scale, lse = self.plan.frame.scale, self.row("lse")
         if self.plan.frame.mod is None:
@@ -377,7 +379,7 @@ class Tile:
         return jnp.exp2((scores - lse) * LOG2E), derivative
 
     def pulled(self) -> tuple[Any, Any]:
-        """Weights after dropout, and the cotangent of the products `q . k`, but for scale."""
+        """Weights after dropout, and the cotangent of `scale * q . k`."""
         raw = dot(self.token("k"), self.token("q"), (1, 1))
         weights, slope = self.weights(raw)
         allowed = self.allowed()
@@ -386,6 +388,6 @@ class Tile:
         dropped, dweights = self.dropped(weights, dot(self.token("v"), self.token("dout"), (1, 1)))
         draw = weights * (dweights - self.row("delta"))
         if slope is not None:
-            # Where a score mod is singular at a pair of no weight, zero times infinity is NaN.
+            # Where a score mod is singular at a pair of zero weight, 0 * inf is NaN.
             draw = jnp.where(weights == 0, 0.0, draw * slope)
         return dropped, draw

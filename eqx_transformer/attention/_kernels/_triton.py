@@ -77,10 +77,10 @@ def _by_row(frame: Frame) -> tuple[Any, Any, Any]:
 
 
 def _load_kv(tile: Tile, refs: dict[str, Any], column: Any, prefix: str = "") -> tuple[Any, Any]:
-    """Keys and values of a tile. In tiles that need no mask, all of them are there."""
+    """Keys and values of a tile. In tiles that need no mask, all are within the sequence."""
     assert tile.kv is not None
     size, first = tile.frame.block_kv, column * tile.frame.block_kv
-    # A sequence shorter than a tile has no tile without an edge, but may have the code for it.
+    # A sequence shorter than a tile has no tile without a mask, but may have the code for one.
     below = tile.kv.below if tile.masked or tile.frame.kv_seq < size else None
     k = load(refs[prefix + "k"], first, size, tile.frame.head_dim, below=below)
     return k, load(refs[prefix + "v"], first, size, tile.frame.v_dim, below=below)
@@ -123,7 +123,7 @@ def _forward_kernel(frame: Frame, refs: dict[str, Any], out_ref: Any, lse_ref: A
 
     peak, total, weighted = nothing_seen(frame)
     if refs["sinks"] is not None:
-        # A sink is a key that has been seen already, and whose value is zero.
+        # A sink acts as a key that has been seen already, and whose value is zero.
         sink = refs["sinks"][head].astype(jnp.float32)
         peak = jnp.zeros_like(peak) + sink * LOG2E
         total = jnp.where(peak == -jnp.inf, 0.0, 1.0)
@@ -133,14 +133,14 @@ def _forward_kernel(frame: Frame, refs: dict[str, Any], out_ref: Any, lse_ref: A
 
 
 def nothing_seen(frame: Frame) -> tuple[Any, Any, Any]:
-    """The greatest score in base two, the sum of weights and that of weighted values, of no key."""
+    """Before any key: the greatest score in base two, the sums of weights and weighted values."""
     peak = jnp.full((frame.block_q,), -jnp.inf, jnp.float32)
     weighted = jnp.zeros((frame.block_q, padded(frame.v_dim)), jnp.float32)
     return peak, jnp.zeros_like(peak), weighted
 
 
 def attended(tile: Tile, q: Any, k: Any, v: Any, allowed: Any, state: Any) -> tuple[Any, Any, Any]:
-    """The sums with one tile more."""
+    """The state with one more tile added."""
     peak, total, weighted = state
     scores = _scores(tile, dot(q, k, (1, 1)))
     if allowed is not None:
@@ -178,19 +178,19 @@ def _weights(tile: Tile, raw: Any, lse: Any) -> tuple[Any, Any]:
 
 
 def _pulled(tile: Tile, q: Any, k: Any, v: Any, dout: Any, lse: Any, delta: Any) -> tuple[Any, Any]:
-    """Attention weights after dropout, and the cotangent of the products `q . k`, but for scale."""
+    """Attention weights after dropout, and the cotangent of `scale * q . k`."""
     weights, slope = _weights(tile, dot(q, k, (1, 1)), lse)
     allowed = tile.allowed()
     if allowed is not None:
         weights = jnp.where(allowed, weights, 0.0)
     assert tile.q is not None
     if slope is not None and tile.q.below is not None:
-        # Queries that fill up a tile are zeros, where a score mod need not have a value.
+        # Queries that pad a tile are zeros, where a score mod need not have a value.
         weights = jnp.where(tile.q.below[:, None], weights, 0.0)
     dropped, dweights = tile.dropped(weights, dot(dout, v, (1, 1)))
     draw = weights * (dweights - delta[:, None])
     if slope is not None:
-        # Where a score mod is singular at a pair of no weight, zero times infinity is NaN.
+        # Where a score mod is singular at a pair of zero weight, 0 * inf is NaN.
         draw = jnp.where(weights == 0, 0.0, draw * slope)
     return dropped, draw
 
@@ -292,7 +292,7 @@ def _transpose_kv_kernel(frame: Frame, refs: dict[str, Any], dk_ref: Any, dv_ref
         jnp.zeros((frame.block_kv, padded(frame.head_dim)), jnp.float32),
         jnp.zeros((frame.block_kv, padded(frame.v_dim)), jnp.float32),
     )
-    # All heads that share the key head in one program: nothing is added up in memory.
+    # One program takes all heads that share the key head, so no sums are kept in memory.
     dk, dv = lax.fori_loop(0, frame.group, of_head, state)
     store(dk_ref, dk * frame.scale, frame.head_dim, below)
     store(dv_ref, dv, frame.v_dim, below)

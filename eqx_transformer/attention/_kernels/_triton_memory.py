@@ -1,6 +1,6 @@
-"""Loads and stores of tiles that may stick out, which is what only Pallas for Triton has.
+"""Masked loads and stores, for tiles that may extend beyond an array; only for Triton.
 
-Apart from `_tile.py`, so that the other kernels do without it.
+Separate from `_tile.py`, so that other kernels do not import Pallas for Triton.
 """
 
 from typing import Any
@@ -21,13 +21,13 @@ def load(
     below: Any = None,
     head: Any = None,
 ) -> Any:
-    """Loads `size` rows, zeros in place of those where `below` is false and of missing columns.
+    """Loads `size` rows, with zeros where `below` is false and in missing columns.
 
-    They are those from `start` on; or `start` consists of the indices of each.
+    They are those from `start` on; if `start` is a tuple, it holds the indices of every row.
     """
     kept = _kept(size, dim, below)
     if isinstance(start, tuple):
-        # Pallas interprets a load at slices, or at indices, but not at both.
+        # Pallas's interpreter takes slices or indices for a load, but not both.
         columns = jnp.arange(padded(dim), dtype=jnp.int32)[None, :]
         shape = (size, padded(dim))
         rows = (x[:, None] for x in start)
@@ -39,7 +39,7 @@ def load(
 
 
 def _kept(size: int, dim: int, below: Any) -> Any:
-    """Which elements of a tile are there; `None` for all."""
+    """Which elements of a tile exist; `None` if all do."""
     kept = None if below is None else below[:, None]
     if padded(dim) != dim:
         columns = (jnp.arange(padded(dim), dtype=jnp.int32) < dim)[None, :]
@@ -48,14 +48,14 @@ def _kept(size: int, dim: int, below: Any) -> Any:
 
 
 def load_stat(ref: Any, index: Any, below: Any, other: float) -> Any:
-    """Loads one number a row, `other` where `below` is false."""
+    """Loads one number per row, `other` where `below` is false."""
     if below is None:
         return ref[index]
     return plt.load(ref.at[index], mask=below, other=other)
 
 
 def store(ref: Any, values: Any, dim: int, below: Any) -> None:
-    """Stores rows and columns that are there."""
+    """Stores the rows and columns that exist."""
     values, kept = values.astype(ref.dtype), _kept(len(values), dim, below)
     if kept is None:
         ref[...] = values
@@ -64,7 +64,7 @@ def store(ref: Any, values: Any, dim: int, below: Any) -> None:
 
 
 def store_stat(ref: Any, values: Any, below: Any) -> None:
-    """Stores one number a row."""
+    """Stores one number per row."""
     if below is None:
         ref[...] = values
     else:

@@ -28,20 +28,20 @@ class Tiles(NamedTuple):
     num_warps: int = 4
     num_stages: int = 2
     split: int = 512
-    """How many keys are one program's part where there are few queries."""
+    """How many keys one program takes when decoding."""
 
 
 class HopperTiles(NamedTuple):
     """How a kernel for Hopper GPUs cuts the scores. A program has 128 rows."""
 
     block: int
-    """How many tokens a tile has that is fetched: a multiple of 64."""
+    """How many tokens a fetched tile has: a multiple of 64."""
     stages: int = 2
     """How many tiles are in shared memory at a time."""
 
 
 def padded(dim: int) -> int:
-    """Tiles in registers have sides that are powers of two, and at least what a product takes."""
+    """The side of a tile in registers: a power of two, and at least what a product takes."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
@@ -49,13 +49,13 @@ class Measured(NamedTuple):
     """Which tiles were the fastest for some call on some device."""
 
     device: str
-    """As `jax.Device.device_kind` has it."""
+    """Its `jax.Device.device_kind`."""
     kernel: Kernel
     dtype: str
     head_dim: int
-    """The greater one of queries and values, rounded up to a power of two."""
+    """The larger of those of queries and values, rounded up to a power of two."""
     seq: int
-    """The greater length. That which is nearest, as a ratio, is used."""
+    """The larger of `q_seq` and `kv_seq`. The row nearest to a call, as a ratio, is used."""
     pattern: Pattern
     mod: Mod
     tiles: Tiles | HopperTiles
@@ -67,15 +67,15 @@ MEASURED: Final[tuple[Measured, ...]] = ()
 
 
 HOPPER: Final = jax.__version_info__ >= (0, 11)
-"""Whether this version of JAX has what the kernels for Hopper GPUs are written in."""
+"""Whether this version of JAX has what the kernels for Hopper GPUs need."""
 
 _MAX_BLOCK: Final = 128
-"""Greater tiles do not fit registers."""
+"""Larger tiles do not fit registers."""
 
 
 def decodes(inputs: Inputs) -> bool:
-    """Whether queries are so few that the forward pass is the kernel for decoding."""
-    # As many rows as the smallest product of tiles has.
+    """Whether there are so few queries that the forward pass is the kernel for decoding."""
+    # The rows of the smallest product of tiles.
     return inputs.q_seq * (inputs.heads // inputs.kv_heads) <= 16
 
 
@@ -96,7 +96,7 @@ class Tuning:
         if inputs.block_size is not None:
             size = min(padded(inputs.block_size), _MAX_BLOCK)
             tiles = tiles._replace(block_q=size, block_kv=size)
-        # Not more than there is.
+        # No larger than the sequences.
         return tiles._replace(
             block_q=min(tiles.block_q, padded(inputs.q_seq)),
             block_kv=min(tiles.block_kv, padded(inputs.kv_seq)),
@@ -105,17 +105,16 @@ class Tuning:
     def hopper(
         self, kernel: Kernel, inputs: Inputs, takes: Callable[[], bool], *, asked: bool
     ) -> HopperTiles | None:
-        """The tiles of a kernel for Hopper GPUs; `None` where that for any GPU is to be used.
+        """The tiles of a kernel for Hopper GPUs; `None` where that for all GPUs is to be used.
 
         Arguments:
 
         - `takes`: whether there is one for the score mod and the mask.
-        - `asked`: whether to use it wherever there is one, and not only where it is known to be
-            faster.
+        - `asked`: whether to use it wherever there is one, not only where it is known to be faster.
         """
         if self.fixed is not None:
             return self.fixed if isinstance(self.fixed, HopperTiles) else None
-        # Tiles that were measured with other sizes may not fit.
+        # Measurements have equal dims; their tiles may not fit unequal ones.
         even = inputs.q.shape[-1] == inputs.v.shape[-1]
         known = even and any(isinstance(row.tiles, HopperTiles) for row in _of_device())
         if inputs.block_size is not None or not (asked or known) or not takes():
@@ -134,7 +133,7 @@ def mod_kind(inputs: Inputs, looks_up_pairs: bool) -> Mod:
 
 
 def pattern(inputs: Inputs) -> Pattern:
-    """How much of the scores is needed, or that it takes data to know."""
+    """How much of the scores is needed, or that this depends on data (`"listed"`)."""
     if inputs.mask is None:
         return "full"
     data = (inputs.mask, inputs.q_positions, inputs.kv_positions)
@@ -159,7 +158,7 @@ def measured_tiles(kernel: Kernel, inputs: Inputs, mod: Mod) -> Tiles | HopperTi
 
 
 def _of_device() -> list[Measured]:
-    """What was measured on this one."""
+    """The measurements on the device at hand."""
     if jax.default_backend() != "gpu":
         return []
     device = jax.devices()[0].device_kind
@@ -169,7 +168,7 @@ def _of_device() -> list[Measured]:
 
 @functools.cache
 def _of_user() -> tuple[Measured, ...]:
-    """What somebody measured on their own device, and asks for by `EQX_TRANSFORMER_TILES`."""
+    """The user's own measurements, from the file named by `EQX_TRANSFORMER_TILES`."""
     file = os.environ.get("EQX_TRANSFORMER_TILES")
     if file is None:
         return ()
@@ -178,7 +177,7 @@ def _of_user() -> tuple[Measured, ...]:
 
 
 def _named(tiles: list[int]) -> Tiles | HopperTiles:
-    # There are fewer numbers to those for Hopper GPUs.
+    # Those for Hopper GPUs have fewer numbers.
     return HopperTiles(*tiles) if len(tiles) == len(HopperTiles._fields) else Tiles(*tiles)
 
 
@@ -194,7 +193,7 @@ def default_hopper_tiles(kernel: Kernel, inputs: Inputs) -> HopperTiles | None:
     if not HOPPER or kernel == "decode" or inputs.q.dtype.itemsize != 2:
         return None
     if _dim(inputs) > 128:
-        # Where queries and values differ, the output has no place of theirs to pass through.
+        # If the dims differ, the output cannot pass through the memory of the queries.
         stages = 2 if inputs.q.shape[-1] == inputs.v.shape[-1] else 1
         return HopperTiles(64, stages) if kernel == "forward" else None
     return HopperTiles(128 if kernel == "forward" else 64)
@@ -203,7 +202,7 @@ def default_hopper_tiles(kernel: Kernel, inputs: Inputs) -> HopperTiles | None:
 def default_tiles(kernel: Kernel, inputs: Inputs, mod: Mod) -> Tiles:
     """Tiles that fit registers and shared memory of an NVIDIA GPU of compute capability 9.0.
 
-    Chosen by compiling for it, see `tests/benchmarks/attention_aot.py`. Not by timing them.
+    Chosen by compiling for it (see `tests/benchmarks/attention_aot.py`), not by timing.
     """
     if inputs.q.dtype.itemsize > 2:
         return _wide(kernel, _dim(inputs), mod)
@@ -211,7 +210,7 @@ def default_tiles(kernel: Kernel, inputs: Inputs, mod: Mod) -> Tiles:
 
 
 def _narrow(kernel: Kernel, dim: int, pattern: Pattern, mod: Mod) -> Tiles:
-    """For numbers of two bytes."""
+    """For two-byte dtypes."""
     # Registers hold a tile of scores, sums, and what masks and mods are computed with; in shared
     # memory are keys and values for every stage, and what is looked up for every pair.
     listed, lookup = pattern == "listed", mod == "lookup"
@@ -237,7 +236,7 @@ def _narrow(kernel: Kernel, dim: int, pattern: Pattern, mod: Mod) -> Tiles:
 
 
 def _wide(kernel: Kernel, dim: int, mod: Mod) -> Tiles:
-    """For numbers of four bytes."""
+    """For four-byte dtypes."""
     if kernel == "decode":
         return Tiles(16, 32, 4, 2)
     if dim > 128 and kernel in ("tangent", "transpose_kv"):

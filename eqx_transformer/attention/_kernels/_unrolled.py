@@ -1,6 +1,6 @@
-"""Evaluates a function traced on scalars so far as it can be, and takes the rest apart.
+"""Evaluates a function traced on scalars as far as possible, and takes the rest apart.
 
-Values are either known, i.e. arrays of JAX, or lazy: a shape and a function from an index to the
+Values are either known, i.e. JAX arrays, or lazy: a shape and a function from an index to the
 element. Elements of lazy values are opaque here; `_pointwise.py` says what they are.
 """
 
@@ -37,10 +37,10 @@ _CALLS = frozenset(
 
 
 class NoKernelError(NotImplementedError):
-    """There is no kernel for something; `reason` continues a sentence about the kernels."""
+    """There is no kernel for something. `reason` is a predicate, such as "has no kernels for x"."""
 
     def __init__(self, reason: str):
-        super().__init__(f"attention: 'pallas' {reason}; implementation='chunked' takes it.")
+        super().__init__(f"attention: 'pallas' {reason}; use implementation='chunked'.")
         self.reason = reason
 
 
@@ -68,14 +68,14 @@ class Unrolled(abc.ABC):
 
     @abc.abstractmethod
     def apply(self, compute: Callable[..., Any], *inputs: Any) -> Any:
-        """The element that an elementwise function makes of others (or of integers)."""
+        """The element that an elementwise function computes from others (or from integers)."""
 
     @abc.abstractmethod
     def load(self, array: Any, flat_index: Any) -> Any:
         """The element of a known array."""
 
     def refuse(self, reason: str) -> NoReturn:
-        """Says why there can be no kernel."""
+        """Raises `NoKernelError` for a reason."""
         raise NoKernelError(f"has no kernels for a {self.what} that {reason}")
 
     # --- values ---
@@ -110,13 +110,13 @@ class Unrolled(abc.ABC):
         return x if y == 1 else self.apply(lax.mul, x, int(y))
 
     def clip(self, x: Any, most: int) -> Any:
-        """An index that may be known, brought to `0..most`."""
+        """An index that may be known, clipped to `0..most`."""
         if is_number(x):
             return min(max(int(x), 0), int(most))
         return self.apply(lax.min, self.apply(lax.max, x, 0), int(most))
 
     def choose(self, index: Any, options: Sequence[Callable[[], Any]]) -> Any:
-        """`options[index]()`, where the index may be known in the kernel only."""
+        """`options[index]()`, where the index may be known only in the kernel."""
         if is_number(index):
             return options[int(index)]()
         if len(options) > MAX_UNROLLED:
@@ -192,7 +192,7 @@ class Unrolled(abc.ABC):
             self.refuse(f"uses `{name}`")
         out = Lazy(shapes[0], dtypes[0], element)
         if not out.shape:
-            # Now and not when it is asked for, which at the end of a long program is far away.
+            # Now, not on demand: at the end of a long program, that would recurse too deeply.
             out.at(())
         return [out]
 
@@ -209,7 +209,7 @@ class Unrolled(abc.ABC):
         if length > MAX_UNROLLED:
             self.refuse(f"has a loop of {length} steps")
         inner = getattr(body, "jaxpr", body)
-        # What is scanned over has one more axis outside than inside; the rest is carried.
+        # What is scanned over has one more axis outside than inside; the rest does not.
         scanned = sum(
             len(x.aval.shape) > len(y.aval.shape)
             for x, y in zip(eqn.invars, inner.invars, strict=True)
@@ -275,7 +275,7 @@ def _known(eqn: Any, inputs: list[Any]) -> list[Any]:
 
 
 def _expanded(eqn: Any) -> Any:
-    """What an operation consists of, for those that newer versions of JAX define by others."""
+    """What an operation consists of, for those that newer versions of JAX define through others."""
     operation = eqn.params["_prim"]
 
     def expand(*args: Any) -> Any:

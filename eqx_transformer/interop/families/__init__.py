@@ -39,7 +39,7 @@ from ._t5 import T5
 from ._vit import VIT
 from ._whisper import WHISPER
 
-# A model that several of them can describe is saved as the first.
+# A model that several of them can describe is saved as the first of these.
 _ALL: Final = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, OLMO2),
     *(GPT2, GPT_NEOX, FALCON, MPT, BLOOM),

@@ -1,4 +1,4 @@
-"""BART, and what Marian has in common with it: norms after each sum, a bias of logits."""
+"""BART, and what Marian shares with it: norms after each sum, a bias on logits."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, Final
@@ -29,7 +29,7 @@ RENAMED: Final = ((r"^(shared|encoder|decoder)\.", r"model.\1."),)
 
 def read_seq2seq(fields: Fields) -> dict[str, Any]:
     """What BART, Marian and Whisper have in common."""
-    # Where training drops what, and sizes that are also said in another way.
+    # Dropout in training, and sizes that other fields give too.
     fields.ignore(
         *("dropout", "attention_dropout", "activation_dropout", "classif_dropout"),
         *("encoder_layerdrop", "decoder_layerdrop", "init_std", "is_encoder_decoder"),
@@ -46,7 +46,7 @@ def read_seq2seq(fields: Fields) -> dict[str, Any]:
 
 
 def write_seq2seq(config: TransformerConfig) -> dict[str, Any]:
-    """The way back of `read_seq2seq`."""
+    """The inverse of `read_seq2seq`."""
     return {
         **{name: getattr(config, ours) for ours, name in _SIZES.items()},
         "activation_function": write_activation(config),
@@ -61,7 +61,7 @@ def layer_names(norm: str) -> dict[str, str]:
 
     Arguments:
 
-    - `norm`: which one of a `Residual` theirs are.
+    - `norm`: which of the norms of a `Residual` theirs are.
     """
     attention = {name: name for name in ("q_proj", "k_proj", "v_proj")} | {"out_proj": "o_proj"}
     names = {}
@@ -81,12 +81,12 @@ def layer_names(norm: str) -> dict[str, str]:
 
 
 def adapt(config: TransformerConfig, names: Collection[str]) -> TransformerConfig:
-    """Files of the model without its head have no bias of logits."""
+    """Files of the model without its head have no bias on logits."""
     return config.replace(head_bias="final_logits_bias" in names)
 
 
 def bart_names(config: TransformerConfig) -> Mapping[str, str | Into]:
-    """The names of BART's tensors, and of Marian's, who has fewer."""
+    """The names of BART's tensors, and of Marian's, which has fewer."""
     return layer_names("output_norm") | {
         "model.shared": "embedding.embedding",
         "model.encoder.embed_positions": "embedding.positions.table",
@@ -99,7 +99,7 @@ def bart_names(config: TransformerConfig) -> Mapping[str, str | Into]:
 
 
 def _read(fields: Fields) -> TransformerConfig:
-    # What other models of its first implementation did, and transformers does not look at.
+    # Options of other models in its first implementation, which transformers ignores.
     fields.ignore(
         *("normalize_before", "normalize_embedding", "add_final_layer_norm", "add_bias_logits"),
         *("static_position_embeddings", "extra_pos_embeddings", "force_bos_token_to_be_generated"),

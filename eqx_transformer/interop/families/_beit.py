@@ -1,4 +1,4 @@
-"""BEiT: a bias for every difference of rows and columns, and no biases of keys."""
+"""BEiT: a bias for every offset in rows and columns, and no biases of keys."""
 
 from typing import Any, Final
 
@@ -40,7 +40,7 @@ def _names(config: ViTConfig) -> dict[str, str | Into]:
 
 
 def _read(fields: Fields, **head: Any) -> ViTConfig:
-    # Of other heads, and of the tokenizer of patches.
+    # Fields of other heads, and of the tokenizer of patches.
     fields.ignore("vocab_size", "pool_scales", "semantic_loss_ignore_index", "use_auxiliary_head")
     fields.ignore("auxiliary_loss_weight", "auxiliary_channels", "auxiliary_num_convs")
     fields.ignore("auxiliary_concat_input")
@@ -98,7 +98,7 @@ _BACKBONE = Family(
     model_type="beit",
     architecture="BeitBackbone",
     model=VisionTransformer,
-    # Others go on from the states between its layers, which have no norm.
+    # Other models continue from the states between its layers, which have no norm.
     read=lambda fields: _read(fields).replace(final_norm="none"),
     write=_write,
     differences=differences,

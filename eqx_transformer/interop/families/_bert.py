@@ -1,4 +1,4 @@
-"""BERT, and what its kin has in common with it: norms after each sum, learned positions."""
+"""BERT, and what its relatives share with it: norms after each sum, learned positions."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -25,7 +25,7 @@ NAMES: Final = {
     "pooler.dense": "pooler",
 }
 PARTS: Final = "embeddings|encoder|pooler"
-# As the files of the first releases have it, and a buffer.
+# Names in files of the first releases, and a buffer.
 RENAMED: Final = (
     (r"LayerNorm\.gamma$", "LayerNorm.weight"),
     (r"LayerNorm\.beta$", "LayerNorm.bias"),
@@ -44,13 +44,13 @@ _SIZES: Final = {
 def read_bert(
     fields: Fields, sizes: Mapping[str, str] = _SIZES, activation: str = "hidden_act"
 ) -> dict[str, Any]:
-    """What BERT's kin has as BERT has it.
+    """The fields that BERT's relatives have in common with it.
 
     Arguments:
 
     - `fields`: to read.
-    - `sizes`: what numbers are called.
-    - `activation`: what the activation is called.
+    - `sizes`: the names of the sizes.
+    - `activation`: the name of the activation.
     """
     fields.ignore(*DROPOUT)
     fields.choose("position_embedding_type", {"absolute": None}, "absolute")
@@ -69,7 +69,7 @@ def read_bert(
 def write_bert(
     config: TransformerConfig, sizes: Mapping[str, str] = _SIZES, activation: str = "hidden_act"
 ) -> dict[str, Any]:
-    """The way back of `read_bert`."""
+    """The inverse of `read_bert`."""
     return {
         **{name: getattr(config, ours) for ours, name in sizes.items()},
         activation: write_activation(config),
@@ -77,7 +77,7 @@ def write_bert(
 
 
 def _read(fields: Fields) -> TransformerConfig:
-    # Said of the pooler by some; transformers does not look at it.
+    # Fields of the pooler in some files; transformers ignores them.
     fields.ignore(
         *("directionality", "pooler_fc_size", "pooler_num_attention_heads"),
         *("pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"),
@@ -114,6 +114,6 @@ BERT = encoder_family(
     },
     masked_lm_bias="cls.predictions.decoder.bias",
     renamed=RENAMED,
-    # The second task of BERT's training, which files for masked tokens can have as well.
+    # The head of BERT's second training task, which files for masked tokens may have as well.
     ignored=(*BUFFERS, r"cls\.seq_relationship\..*"),
 )

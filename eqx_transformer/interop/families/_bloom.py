@@ -36,7 +36,7 @@ def _names(config: LlamaConfig) -> dict[str, str | Into]:
 
 
 def _read(fields: Fields) -> LlamaConfig:
-    # How it was computed in training.
+    # Implementation details of training.
     fields.ignore("attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion")
     fields.ignore("skip_bias_add", "skip_bias_add_qkv", "slow_but_exact", "offset_alibi")
     old_names = {"n_embed": "hidden_size", "num_hidden_layers": "n_layer"}
@@ -47,7 +47,7 @@ def _read(fields: Fields) -> LlamaConfig:
     return LlamaConfig(
         **numbers,
         d_ff=4 * numbers["d_model"],
-        # The length of training; ALiBi has no longest sequence.
+        # The length in training; ALiBi has no maximum length.
         max_len=fields.take("seq_length", 2048),
         tie_embeddings=fields.take("tie_word_embeddings", True),
         embedding_norm=True,

@@ -30,7 +30,7 @@ _LAYER: Final = {
     "self_attn.v_proj": "attention.v_proj",
     "self_attn.out_proj": "attention.o_proj",
 }
-# What fields of a tower mean that are not there: files leave out what is as in the first release.
+# Defaults for missing fields of a tower: files omit those that are as in the first release.
 IMAGE_DEFAULTS: Final = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -71,7 +71,7 @@ def read_image_tower(fields: Fields, defaults: Mapping[str, Any], **others: Any)
 
 
 def write_image_tower(config: ViTConfig) -> dict[str, Any]:
-    """The way back of `read_image_tower`."""
+    """The inverse of `read_image_tower`."""
     return {
         **_vit.write_sizes(config),
         "intermediate_size": config.inner_size,
@@ -97,7 +97,7 @@ def read_text_tower(fields: Fields, defaults: Mapping[str, Any]) -> TransformerC
 
 
 def write_text_tower(config: TransformerConfig) -> dict[str, Any]:
-    """The way back of `read_text_tower`."""
+    """The inverse of `read_text_tower`."""
     return {
         **{name: getattr(config, ours) for ours, name in _TEXT_SIZES.items()},
         "num_hidden_layers": config.num_layers,
@@ -113,7 +113,7 @@ def _layers(there: str, here: str) -> dict[str, str | Into]:
 
 
 def image_names(config: ViTConfig, there: str, here: str) -> dict[str, str | Into]:
-    """The names of a tower for images; `there` and `here` are what they begin with."""
+    """The names of a tower for images; `there` and `here` are their prefixes."""
     return {
         **_vit.patch_names(config, f"{there}embeddings.patch_embedding", here),
         f"{there}embeddings.class_embedding": f"{here}class_token",
@@ -143,7 +143,7 @@ def _names(config: CLIPConfig) -> Table:
 
 
 def tower(fields: Fields, name: str) -> Fields:
-    """The fields of a tower; none if there are none."""
+    """The fields of a tower; empty if it is missing."""
     return fields.nested(name) or Fields({}, name)
 
 
@@ -153,11 +153,11 @@ def _read_vision(fields: Fields) -> ViTConfig:
 
 
 def _read(fields: Fields) -> CLIPConfig:
-    # The second two are copies of what the towers say.
+    # The last two are copies of the towers' fields.
     fields.ignore("logit_scale_init_value", "text_config_dict", "vision_config_dict")
     text, vision = tower(fields, "text_config"), tower(fields, "vision_config")
     end = text.take("eos_token_id", 49_407)
-    # Old files say 2, and mean the largest id there is.
+    # Old files have 2 here, and mean the largest id.
     pooling: dict[str, Any] = {"text_pooling": "largest"} if end == 2 else {"eos_token_id": end}
     config = CLIPConfig(
         vision=_read_vision(vision),
@@ -188,7 +188,7 @@ def _write(config: CLIPConfig) -> dict[str, Any]:
 
 
 def differences(a: CLIPConfig, b: CLIPConfig) -> list[str]:
-    """The fields by which two models compute different things."""
+    """The fields that make two models compute different things."""
     names = [field.name for field in dataclasses.fields(CLIPConfig)]
     return [
         *(f"vision.{name}" for name in _vit.differences(a.vision, b.vision)),

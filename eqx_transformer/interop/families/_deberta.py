@@ -27,7 +27,7 @@ _NAMES = {
 
 
 def _read(fields: Fields) -> DeBERTaConfig:
-    # Of heads that are not read.
+    # Fields of heads that are not read.
     fields.ignore(
         *("pooler_dropout", "pooler_hidden_act", "pooler_hidden_size", "legacy"),
         *("tie_word_embeddings", "summary_type", "attention_head_size"),
@@ -104,6 +104,6 @@ DEBERTA_V2 = Family(
     differences=_differences,
     names=lambda config: _NAMES,
     renamed=((r"^deberta\.", ""), *RENAMED),
-    # Heads of training, which files without a class have.
+    # Heads used in training, which files without a class have.
     ignored=(*BUFFERS, r"(lm|mask)_predictions\..*"),
 )

@@ -11,7 +11,7 @@ from .._family import Family, Table
 from .._fields import Fields
 from ._rope import read_rope, write_rope
 
-# Name there, then here in an MLP without a gate and with one.
+# The name there, then here, in an MLP without a gate and with one.
 _ACTIVATIONS: Final = {
     "silu": ("silu", "swiglu"),
     "gelu": ("gelu", "geglu"),
@@ -23,7 +23,7 @@ _ACTIVATIONS: Final = {
     "gelu_new": ("gelu_tanh", "geglu_tanh"),
     "gelu_fast": ("gelu_tanh", "geglu_tanh"),
 }
-# Fields that say how something is computed or trained, and not what.
+# Fields for how something is computed or trained, not for what is computed.
 _NOT_COMPUTED: Final = (
     *("dropout_rate", "embedding_dropout_rate", "param_dtype", "dtype", "logits_dtype"),
     *("remat", "unroll", "attention_implementation"),
@@ -59,12 +59,12 @@ PRE_NORM_NAMES: Final = {
 }
 LLAMA_NAMES: Final = EMBEDDING_NAMES | ATTENTION_NAMES | MLP_NAMES | PRE_NORM_NAMES
 TIED: Final = {"lm_head.weight": "model.embed_tokens.weight"}
-# Tables of sines, which old files have.
+# Tables of sines, in old files.
 BUFFERS: Final = (r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)",)
 
 
-# Which tokens begin and end texts a model does not know; left out, they would be those of the model
-# that gave the family its name.
+# A model does not know which tokens begin and end texts; if left out, they would default to those
+# of the model that gave the family its name.
 _NO_TOKENS: Final = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
@@ -81,8 +81,8 @@ def decoder_family(
 ) -> Family:
     """A family whose model is `Llama`; see `Family`.
 
-    What is given to `write`, and what `read` returns in the end, has numbers wherever a default
-    would follow from other fields.
+    The configurations given to `write`, and finally returned by `read`, have numbers wherever a
+    default would follow from other fields.
     """
     return Family(
         model_type=model_type,
@@ -99,7 +99,7 @@ def decoder_family(
 
 
 def completed(config: LlamaConfig) -> LlamaConfig:
-    """The configuration with numbers in the place of defaults that follow from other fields."""
+    """The configuration with numbers in place of defaults that follow from other fields."""
     changes: dict[str, Any] = {
         name: config.use_bias if getattr(config, name) is None else getattr(config, name)
         for name in ("qkv_bias", "o_bias", "mlp_bias")
@@ -122,7 +122,7 @@ def completed(config: LlamaConfig) -> LlamaConfig:
 def canonical(config: LlamaConfig) -> LlamaConfig:
     """The same for all configurations whose models compute the same.
 
-    What belongs to training and to how it is computed does not count.
+    Options of training and of the implementation do not count.
     """
     config = completed(config)
     kinds = config.layer_kinds
@@ -137,7 +137,7 @@ def canonical(config: LlamaConfig) -> LlamaConfig:
     if config.rope_local_theta == config.rope_theta and config.rope_scaling is None:
         changes["rope_local_theta"] = None
     if isinstance(config.rope_scaling, DynamicScaling):
-        # Not said there.
+        # There is no such field there.
         changes["max_len"] = LlamaConfig.max_len
     scale = config.query_scale
     if scale is not None and math.isclose(scale, config.attention_head_dim**-0.5, rel_tol=1e-12):
@@ -157,7 +157,7 @@ def _differences(a: LlamaConfig, b: LlamaConfig) -> list[str]:
 
 
 def read_sizes(fields: Fields, names: Mapping[str, str] = SIZES) -> dict[str, Any]:
-    """The numbers every decoder has; `names` says what those of ours are called there."""
+    """The sizes every decoder has; `names` maps our names to theirs."""
     return {
         ours: fields.count(name) if ours == "num_layers" else fields.take(name)
         for ours, name in names.items()
@@ -165,7 +165,7 @@ def read_sizes(fields: Fields, names: Mapping[str, str] = SIZES) -> dict[str, An
 
 
 def write_sizes(config: LlamaConfig, names: Mapping[str, str] = SIZES) -> dict[str, Any]:
-    """The way back of `read_sizes`."""
+    """The inverse of `read_sizes`."""
     return {name: getattr(config, ours) for ours, name in names.items()}
 
 
@@ -178,13 +178,12 @@ def read_llama(
     original_max_len: int | None = None,
     partial: bool = False,
 ) -> dict[str, Any]:
-    """What most families have as Llama has it.
+    """The fields that most families have in common with Llama.
 
     Arguments:
 
     - `fields`: to read.
-    - `tied`, `theta`, `head_dim`, `original_max_len`: what a field that is not there means in this
-        family.
+    - `tied`, `theta`, `head_dim`, `original_max_len`: what a missing field means in this family.
     - `partial`: whether a part of each head may be rotated.
     """
     sizes = read_sizes(fields)
@@ -207,7 +206,7 @@ def read_llama(
 
 
 def write_llama(config: LlamaConfig) -> dict[str, Any]:
-    """The way back of `read_llama`."""
+    """The inverse of `read_llama`."""
     return {
         **write_sizes(config),
         "num_key_value_heads": config.num_kv_heads,
@@ -248,7 +247,7 @@ def read_layer_types(fields: Fields, num_layers: int, default: Sequence[str]) ->
 
     - `fields`: to read.
     - `num_layers`: how many layers there are.
-    - `default`: for every layer, what it is if there is no field.
+    - `default`: the type of every layer if the field is missing.
     """
     found = fields.take("layer_types", None)
     types: list[Any] = list(default)
@@ -263,13 +262,13 @@ def read_layer_types(fields: Fields, num_layers: int, default: Sequence[str]) ->
 
 
 def write_layer_types(config: LlamaConfig) -> list[str]:
-    """The way back of `read_layer_types`."""
+    """The inverse of `read_layer_types`."""
     names = ("full_attention", "sliding_attention")
     return [names[kind.sliding] for kind in config.layer_kinds]
 
 
 def windowed(window: int | None, types: Sequence[str]) -> dict[str, Any]:
-    """Fields for these layer types; those without a window if no layer needs it."""
+    """Fields for these layer types, without a window if no layer needs it."""
     if window is None or "sliding" not in types:
         return {}
     return {"window": window, "layer_types": shortest_pattern(types)}
@@ -285,6 +284,6 @@ def shortest_pattern(types: Sequence[str]) -> tuple[str, ...]:
 
 
 def write_query_scale(config: LlamaConfig) -> float | int:
-    """The number whose root the scores are divided by: a whole one where it is meant to be."""
+    """The number by whose root scores are divided, rounded where it is meant to be an integer."""
     scale = config.attention_head_dim if config.query_scale is None else config.query_scale**-2
     return round(scale) if math.isclose(scale, round(scale), rel_tol=1e-12) else scale

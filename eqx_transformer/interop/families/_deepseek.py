@@ -48,11 +48,11 @@ _NAMES = {
 
 
 def _read_common(fields: Fields) -> dict[str, Any]:
-    # How it is trained and spread over devices.
+    # Options of training and parallelism.
     fields.ignore("ep_size", "aux_loss_alpha", "seq_aux", "num_key_value_heads")
-    # All of the sizes of heads are given by their own names.
+    # All sizes of heads have fields of their own.
     fields.ignore("head_dim", "qk_head_dim")
-    # Which layers have experts is said by first_k_dense_replace.
+    # first_k_dense_replace says which layers have experts.
     fields.choose("moe_layer_freq", {1: 1}, 1)
     sizes = read_sizes(fields)
     bias = fields.take("attention_bias", False)
@@ -116,7 +116,7 @@ def _read_v2(fields: Fields) -> LlamaConfig:
     numbers = _read_common(fields)
     bias = fields.take("mlp_bias", False)
     fields.choose("scoring_func", {"softmax": 1}, "softmax")
-    # transformers does not look at it: the weights are never made to sum to one.
+    # transformers ignores it: the weights are never normalised.
     fields.ignore("norm_topk_prob")
     groups: dict[str, Any] = {
         "num_groups": fields.take("n_group", None) or 1,
@@ -151,7 +151,7 @@ def _read_v3(fields: Fields) -> LlamaConfig:
     numbers = _read_common(fields)
     fields.choose("scoring_func", {"sigmoid": 1}, "sigmoid")
     fields.choose("topk_method", {"noaux_tc": 1}, "noaux_tc")
-    # A layer that foretells another token, of use in training.
+    # A layer that predicts a further token, used in training.
     fields.ignore("num_nextn_predict_layers", "num_mtp_layers")
     num_groups = fields.take("n_group", 8) or 1
     return LlamaConfig(
@@ -191,6 +191,6 @@ DEEPSEEK_V3 = decoder_family(
     read=_read_v3,
     write=_write_v3,
     names=_NAMES,
-    # The layer that foretells another token comes after the last.
+    # The layer that predicts a further token comes after the last one.
     ignored=(*BUFFERS, r"model\.layers\.{num_layers}\..*"),
 )

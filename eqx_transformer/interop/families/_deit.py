@@ -1,4 +1,4 @@
-"""DeiT: ViT with a second token, whose head has learned from another model."""
+"""DeiT: ViT with a second token, whose head was distilled from another model."""
 
 from typing import Any
 

@@ -18,7 +18,7 @@ from ._vit import (
     write_sizes,
 )
 
-# Of every layer, after its name.
+# In every layer, after its name.
 RESIDUAL_NAMES: Final = {
     "norm1": "stack.{layer}.attention_residual.norm",
     "norm2": "stack.{layer}.mlp_residual.norm",

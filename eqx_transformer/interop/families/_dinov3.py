@@ -1,4 +1,4 @@
-"""DINOv3: rotated queries and keys in the place of position vectors."""
+"""DINOv3: rotated queries and keys in place of position vectors."""
 
 from typing import Any, Final
 
@@ -42,7 +42,7 @@ def _names(config: ViTConfig) -> Table:
 
 
 def _same(fields: Fields, *names: str) -> bool:
-    """What fields say that must say the same here."""
+    """The value of several fields, which must be the same here."""
     values = {name: fields.take(name, True) for name in names}
     if len(set(values.values())) > 1:
         raise ValueError(f"{values} must be the same.")
@@ -50,7 +50,7 @@ def _same(fields: Fields, *names: str) -> bool:
 
 
 def _read(fields: Fields) -> ViTConfig:
-    # How places are perturbed in training.
+    # How coordinates are perturbed in training.
     fields.ignore("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
     gated = fields.take("use_gated_mlp", False)
     return ViTConfig(

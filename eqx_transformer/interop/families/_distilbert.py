@@ -1,4 +1,4 @@
-"""DistilBERT: BERT without types of tokens and pooler, under other names."""
+"""DistilBERT: BERT without token types and pooler, under other names."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ _SIZES = {
 
 
 def _read(fields: Fields) -> TransformerConfig:
-    # How the table of positions began.
+    # The initialisation of the table of positions, and dropout.
     fields.ignore("sinusoidal_pos_embds", "dropout", "qa_dropout", "seq_classif_dropout")
     fields.ignore("tie_word_embeddings", "tie_weights_")
     return TransformerConfig(**read_bert(fields, _SIZES, "activation"), norm_eps=1e-12)

@@ -1,4 +1,4 @@
-"""Gemma 3, text only: five local layers to a global one, normalised queries and keys."""
+"""Gemma 3, text only: five local layers to each global one, normalised queries and keys."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def _read(fields: Fields) -> LlamaConfig:
         local = of_sliding["rope_theta"]
         if of_sliding["rope_scaling"] is not None:
             raise ValueError("the rope_scaling of sliding layers is not supported.")
-    # Later versions of transformers do not look at it.
+    # Later versions of transformers ignore it.
     fields.ignore("attn_logit_softcapping")
     numbers = read_gemma(fields, theta=1e6) | rope
     num_layers = numbers["num_layers"]
@@ -80,6 +80,6 @@ GEMMA3 = decoder_family(
     read=_read,
     write=_write,
     names=NAMES,
-    # Files of the models that see images as well.
+    # Names in files of the models that take images as well.
     renamed=((r"^(model\.)?language_model\.(model\.)?", "model."),),
 )

@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, LayerNorm, and weights as this library has them."""
+"""GPT-2: learned positions, LayerNorm, and weights laid out as in this library."""
 
 from typing import Any
 
@@ -65,7 +65,7 @@ def _read(fields: Fields) -> LlamaConfig:
 
 def _write(config: LlamaConfig) -> dict[str, Any]:
     return write_sizes(config, _SIZES) | {
-        # The same function as "gelu_pytorch_tanh", rounded otherwise.
+        # The same function as "gelu_pytorch_tanh", with other rounding.
         "activation_function": (
             "gelu_new" if config.activation == "gelu_tanh" else write_activation(config)
         ),
@@ -82,6 +82,6 @@ GPT2 = decoder_family(
     names=_NAMES,
     ignored=(r".*\.attn\.(bias|masked_bias)",),
     tied={"lm_head.weight": "transformer.wte.weight"},
-    # As the files of the first release have it.
+    # Names in files of the first release.
     renamed=((r"^(wte|wpe|h|ln_f)\.", r"transformer.\1."),),
 )

@@ -31,7 +31,7 @@ def _names(config: LlamaConfig) -> dict[str, str | Into]:
         **PRE_NORM_NAMES,
         f"{LAYER}self_attn.sinks": "stack.{layer}.attention.sinks",
         f"{LAYER}mlp.router": "stack.{layer}.mlp.router",
-        # Gate and up take turns, column by column; these arrays are not transposed.
+        # Columns of gate and up alternate; these arrays are not transposed.
         f"{LAYER}mlp.experts.gate_up_proj": Into(
             f"{_EXPERTS}gate_proj.weight", f"{_EXPERTS}up_proj.weight", groups=d_expert
         ),
@@ -55,7 +55,7 @@ def _read(fields: Fields) -> LlamaConfig:
     fields.choose("hidden_act", {"silu": "silu"}, "silu")
     # `gate * sigmoid(1.702 * gate)`.
     fields.choose("swiglu_alpha", {1.702: 1.702}, 1.702)
-    # Said a second time elsewhere.
+    # Other fields give these too.
     fields.ignore("initial_context_length", "experts_per_token")
     if not (fields.has("rope_parameters") or fields.has("rope_scaling")):
         fields.default("rope_scaling", _YARN)

@@ -1,4 +1,4 @@
-"""Llama, and what differs from it in few numbers."""
+"""Llama, and models that differ from it in a few numbers."""
 
 from typing import Any
 

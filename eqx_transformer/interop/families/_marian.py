@@ -9,7 +9,7 @@ from ._transformer import seq2seq_family
 
 
 def _read(fields: Fields) -> TransformerConfig:
-    # What other models of its first implementation did, and transformers does not look at.
+    # Options of other models in its first implementation, which transformers ignores.
     fields.ignore(
         *("normalize_before", "normalize_embedding", "add_final_layer_norm", "add_bias_logits"),
         *("static_position_embeddings", "extra_pos_embeddings", "force_bos_token_to_be_generated"),
@@ -31,7 +31,7 @@ def _write(config: TransformerConfig) -> dict[str, Any]:
     return write_seq2seq(config) | {
         "max_position_embeddings": config.max_len,
         "decoder_vocab_size": config.vocab_size,
-        # As in all that are published, where the last token is padding, and begins the target.
+        # As in all published models: the last token is padding, and begins the target.
         "pad_token_id": config.vocab_size - 1,
         "decoder_start_token_id": config.vocab_size - 1,
     }

@@ -12,7 +12,7 @@ _HERE = "layers.{layer}."
 _NAMES = {
     "embeddings.tok_embeddings": "embedding.embedding",
     "embeddings.norm": "embedding.norm",
-    # Not there in the first layer.
+    # Missing in the first layer.
     f"{_HERE}attn_norm": "stack.{layer}.attention_residual.norm",
     f"{_HERE}attn.Wqkv": Into(
         *(f"stack.{{layer}}.attention.{name}" for name in ("q_proj", "k_proj", "v_proj"))
@@ -39,8 +39,8 @@ _BIASES = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias")
 def _read(fields: Fields) -> TransformerConfig:
     fields.default("norm_eps", 1e-5)
     numbers: dict[str, Any] = {ours: fields.take(name) for ours, name in _SIZES.items()}
-    # Where training drops what, and how it begins and is computed; older versions normalise
-    # embeddings in another way, which is not said here.
+    # Dropout, initialisation and implementation of training; older versions normalise embeddings in
+    # another way, for which there is no field.
     fields.ignore(
         *("attention_dropout", "embedding_dropout", "mlp_dropout", "initializer_cutoff_factor"),
         *(
@@ -88,7 +88,7 @@ def _read(fields: Fields) -> TransformerConfig:
 
 
 def _read_thetas(fields: Fields) -> dict[str, float]:
-    """The bases of wavelengths by type of layer, as transformers 4 or as 5 says them."""
+    """The bases of wavelengths by type of layer, in the format of transformers 4 or 5."""
     thetas = {
         "full_attention": fields.take("global_rope_theta", 160_000.0),
         "sliding_attention": fields.take("local_rope_theta", 10_000.0),

@@ -31,11 +31,11 @@ _SIZES = {
 
 
 def _read(fields: Fields) -> LlamaConfig:
-    # The embedding's gradient, where training began, and what ALiBi takes the place of.
+    # The embedding's gradient, initialisation, and what ALiBi replaces.
     fields.ignore("embedding_fraction", "init_device", "init_config", "learned_pos_emb", "verbose")
     fields.ignore("emb_pdrop", "resid_pdrop", "loss_fn", "tokenizer_name")
     numbers = read_sizes(fields, _SIZES)
-    # transformers computes no other value of these, whatever they say.
+    # transformers always computes these values, whatever the fields.
     fields.choose("expansion_ratio", {4: 4}, 4)
     fields.choose("no_bias", {True: True}, True)
     fields.choose("norm_type", {"low_precision_layernorm": 1, "layernorm": 1}, "layernorm")

@@ -38,7 +38,7 @@ def _read(fields: Fields) -> LlamaConfig:
 def _write(config: LlamaConfig) -> dict[str, Any]:
     fields = write_llama(config) | {"sliding_window": config.window}
     if isinstance(config.rope_scaling, LongRoPEScaling):
-        # Outside of rope_scaling it comes first.
+        # Outside rope_scaling it takes precedence.
         fields["original_max_position_embeddings"] = config.rope_scaling.original_max_len
     return fields
 

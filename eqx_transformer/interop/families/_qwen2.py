@@ -25,7 +25,7 @@ def read_last_windows(fields: Fields, num_layers: int) -> dict[str, Any]:
 
 
 def write_last_windows(config: LlamaConfig) -> dict[str, Any]:
-    """The way back of `read_last_windows`."""
+    """The inverse of `read_last_windows`."""
     types = write_layer_types(config)
     sliding = "sliding_attention" in types
     return {

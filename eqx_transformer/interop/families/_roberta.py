@@ -1,4 +1,4 @@
-"""RoBERTa: BERT with positions that padding does not count in, and another head."""
+"""RoBERTa: BERT with positions that do not count padding, and another head."""
 
 from typing import Any
 

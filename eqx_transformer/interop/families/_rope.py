@@ -1,4 +1,4 @@
-"""Rotary positions in the words of transformers 4 and of 5."""
+"""Rotary positions in the formats of transformers 4 and 5."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ def read_rope(
     fraction: float | None = None,
     original_max_len: int | None = None,
 ) -> dict[str, Any]:
-    """Rotary positions, as transformers 4 or as 5 says them.
+    """Rotary positions, in the format of transformers 4 or 5.
 
     Arguments:
 
     - `fields`: to read.
     - `max_len`: the longest sequence.
-    - `theta`, `original_max_len`: what a field that is not there means.
-    - `fraction`: the same; `None` if transformers rotates all features, whatever is said.
+    - `theta`, `original_max_len`: what a missing field means.
+    - `fraction`: the same; `None` if transformers rotates all features, whatever the field.
     """
     theta = fields.take("rope_theta", theta)
     fraction = _read_fraction(fields, fraction)
@@ -47,7 +47,7 @@ def read_rope_parameters(
     fraction: float | None = None,
     original_max_len: int | None = None,
 ) -> dict[str, Any]:
-    """Rotary positions from the object that has them; see `read_rope`."""
+    """Rotary positions from the nested object; see `read_rope`."""
     theta = fields.take("rope_theta", theta)
     fraction = _read_fraction(fields, fraction)
     in_here = fields.take("original_max_position_embeddings", None)
@@ -55,14 +55,14 @@ def read_rope_parameters(
     old_name = fields.take("type", "default")
     kind = fields.take("rope_type", old_name)
     if kind == "su" or (kind == "yarn" and fields.has("short_factor")):
-        # What Phi-3 called it before it had a name.
+        # Phi-3's name for it, before it had one.
         kind = "longrope"
     longest = max_len
     scaling: Any = None
     if kind == "linear":
         scaling = LinearScaling(factor=fields.take("factor"))
     elif kind == "dynamic":
-        # It begins where the length of training ends, which is what the field says here.
+        # It applies beyond the length of training, which is what this field means here.
         scaling = DynamicScaling(factor=fields.take("factor"), original_max_len=max_len)
         longest = int(scaling.factor * max_len)
     elif kind == "llama3":
@@ -111,7 +111,7 @@ def _read_fraction(fields: Fields, default: float | None) -> float | None:
 
 
 def write_rope(config: LlamaConfig) -> dict[str, Any]:
-    """The way back of `read_rope`."""
+    """The inverse of `read_rope`."""
     fields = {"rope_theta": config.rope_theta, "rope_scaling": write_scaling(config.rope_scaling)}
     if config.rotary_fraction != 1:
         fields["partial_rotary_factor"] = config.rotary_fraction
@@ -160,6 +160,6 @@ def write_scaling(scaling: Any) -> dict[str, Any] | None:
             }
         case _:
             raise ValueError(f"{scaling} has no name in transformers.")
-    # Zero is how our fields say that a magnitude is not given.
+    # In our fields, zero means that a magnitude is not given.
     said = {k: v for k, v in fields.items() if v is not None and not ("mscale" in k and v == 0)}
     return {"rope_type": kind, **said}

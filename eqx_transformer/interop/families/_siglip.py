@@ -1,4 +1,4 @@
-"""SigLIP: CLIP that judges every pair on its own; and its tower for images alone."""
+"""SigLIP: CLIP that scores every pair on its own; and its tower for images alone."""
 
 from typing import Any, Final
 

@@ -1,4 +1,4 @@
-"""T5 and its version 1.1: one relative bias for all layers, and scores that are not scaled."""
+"""T5 and its version 1.1: one relative bias for all layers, and unscaled scores."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -28,12 +28,12 @@ _ACTIVATIONS = {
     "gated-silu": "swiglu",
     "gated-relu": "reglu",
 }
-# There is no longest sequence.
+# There is no maximum length.
 _MAX_LEN, _CACHE_MAX_LEN = 2**15, 512
 
 
 def _read(fields: Fields) -> TransformerConfig:
-    # `feed_forward_proj` says what these say, and lengths are not limited.
+    # `feed_forward_proj` implies the first two, and lengths are not limited.
     fields.ignore("dense_act_fn", "is_gated_act", "n_positions", "output_past")
     fields.ignore("dropout_rate", "is_encoder_decoder")
     tied = fields.take("tie_word_embeddings", True)
@@ -106,7 +106,7 @@ def _names(config: TransformerConfig) -> Mapping[str, str]:
 
 
 def _adapt(config: TransformerConfig, names: Collection[str]) -> TransformerConfig:
-    """Version 5 says of all that they are tied; that of version 1.1 has a head nevertheless."""
+    """transformers 5 marks all as tied, but T5 1.1 has a head nevertheless."""
     if config.scale_output:
         return config
     return config.replace(tie_embeddings="lm_head.weight" not in names)
@@ -118,7 +118,7 @@ T5 = seq2seq_family(
     read=_read,
     write=_write,
     names=_names,
-    # Of the first releases, and never used.
+    # In the first releases; never used.
     ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     tied={
         f"{name}.weight": "shared.weight"

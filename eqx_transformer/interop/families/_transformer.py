@@ -12,7 +12,7 @@ from .._fields import Fields
 from .._names import Into
 from ._decoder import shortest_pattern
 
-# Fields that say how something is computed or trained, and not what. What is padding is said by
+# Fields for how something is computed or trained, not for what is computed. Padding is given by
 # masks there.
 _NOT_COMPUTED: Final = (
     *("dropout_rate", "drop_path_rate", "attention_implementation", "attention_block_size"),
@@ -24,7 +24,7 @@ _OF_DECODER: Final = {
     "num_decoder_heads": "num_heads",
     "decoder_d_ff": "d_ff",
 }
-# Of every encoder: where training drops what.
+# Dropout in every encoder.
 DROPOUT: Final = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
@@ -47,13 +47,13 @@ def encoder_family(
 
     Arguments:
 
-    - `prefix`: what the names of the encoder begin with in files that have a head besides.
-    - `name`: what the classes of transformers begin with.
+    - `prefix`: of the encoder's names, in files that also have a head.
+    - `name`: the beginning of the names of the classes of transformers.
     - `read`, `write`, `names`: of the encoder alone; see `Family`. The names are without the
         prefix.
     - `parts`: a regular expression for what they begin with.
     - `masked_lm`: the names of the head.
-    - `masked_lm_bias`: what a copy of the bias of its logits is called.
+    - `masked_lm_bias`: the name of a copy of the bias on its logits.
     - `renamed`, `ignored`, `heads`: see `Family`.
     """
     with_prefix = encoder_names(names, prefix)
@@ -68,7 +68,7 @@ def encoder_family(
     untied = dict(masked_lm)
     if masked_lm_bias is not None:
         tied[masked_lm_bias] = bias
-        # Of two that were one, transformers takes that of the linear map.
+        # If the two differ, transformers uses that of the linear map.
         untied[masked_lm_bias] = untied.pop(bias)
     masked = Family(
         model_type=model_type,
@@ -92,18 +92,18 @@ def encoder_family(
         names=lambda config: names,
         renamed=((rf"^{re.escape(prefix)}", ""), *renamed),
         ignored=(*ignored, *(rf"{re.escape(there)}(\..*)?" for there in masked_lm)),
-        # Some have none, whatever transformers would then begin with.
+        # Some files have none; transformers would initialise one at random.
         adapt=lambda config, names: config.replace(pooler="pooler.dense.weight" in names),
         heads=(masked, *heads),
     )
 
 
 def encoder_names(names: Mapping[str, str | Into], prefix: str) -> dict[str, str | Into]:
-    """The names of an encoder in files that have a head besides, and in models that have one."""
+    """The names of an encoder in files, and in models, that also have a head."""
     result: dict[str, str | Into] = {}
     for there, here in names.items():
         paths = [f"encoder.{path}" for path in (here.paths if isinstance(here, Into) else [here])]
-        # What is put together from parts has no other options here.
+        # Rows with several parts have no other options here.
         result[prefix + there] = Into(*paths) if isinstance(here, Into) else paths[0]
     return result
 
@@ -144,7 +144,7 @@ def seq2seq_family(
 
 
 def completed(config: TransformerConfig) -> TransformerConfig:
-    """The configuration with the numbers of the decoder, where they are those of the encoder."""
+    """The configuration with the decoder's sizes filled in where they default to the encoder's."""
     return config.replace(
         **{
             name: getattr(config, same) if getattr(config, name) is None else getattr(config, name)
@@ -156,7 +156,7 @@ def completed(config: TransformerConfig) -> TransformerConfig:
 def canonical(config: TransformerConfig) -> TransformerConfig:
     """The same for all configurations whose models compute the same.
 
-    What belongs to training and to how it is computed does not count.
+    Options of training and of the implementation do not count.
     """
     config = completed(config)
     kinds = config.block_kinds(config.num_layers)
@@ -184,7 +184,7 @@ def canonical(config: TransformerConfig) -> TransformerConfig:
 
 
 def differences(a: TransformerConfig, b: TransformerConfig) -> list[str]:
-    """The fields by which the models of two configurations compute different things."""
+    """The fields that make the models of two configurations compute different things."""
     a, b = canonical(a), canonical(b)
     names = [field.name for field in dataclasses.fields(TransformerConfig)]
     return [name for name in names if getattr(a, name) != getattr(b, name)]

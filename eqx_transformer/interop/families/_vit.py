@@ -1,4 +1,4 @@
-"""ViT, alone or with a classifier, and what others have in common with it."""
+"""ViT, alone or with a classifier, and what others share with it."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -10,7 +10,7 @@ from .._fields import Fields
 from .._names import Into
 from ._decoder import read_activation, write_activation
 
-# Fields that say how something is computed or trained, and not what.
+# Fields for how something is computed or trained, not for what is computed.
 _NOT_COMPUTED: Final = (
     *("dropout_rate", "drop_path_rate", "attention_implementation", "attention_block_size"),
     *("remat", "unroll"),
@@ -29,7 +29,7 @@ LAYER_NAMES: Final = {
     f"{HERE}intermediate.dense": "stack.{layer}.mlp.up_proj",
     f"{HERE}output.dense": "stack.{layer}.mlp.down_proj",
 }
-# The token for patches that training hides.
+# The token for patches that are masked in training.
 IGNORED: Final = (r"(.*\.)?embeddings\.mask_token",)
 _SIZES: Final = {
     "image_size": "image_size",
@@ -42,9 +42,9 @@ _SIZES: Final = {
 
 
 def read_sizes(fields: Fields) -> dict[str, Any]:
-    """The numbers every vision transformer has."""
+    """The sizes every vision transformer has."""
     fields.ignore("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
-    # What a backbone hands on.
+    # Outputs as a backbone.
     fields.ignore("apply_layernorm", "out_features", "out_indices", "stage_names")
     fields.ignore("reshape_hidden_states", "use_mask_token")
     sizes: dict[str, Any] = {
@@ -58,13 +58,13 @@ def read_sizes(fields: Fields) -> dict[str, Any]:
 
 
 def write_sizes(config: ViTConfig) -> dict[str, Any]:
-    """The way back of `read_sizes`."""
+    """The inverse of `read_sizes`."""
     sizes = {name: getattr(config, ours) for ours, name in _SIZES.items()}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in sizes.items()}
 
 
 def read_vit(fields: Fields, **others: Any) -> ViTConfig:
-    """What ViT's kin has as ViT has it; `others` are the fields in which it differs."""
+    """The fields that ViT's relatives share with it; `others` are those in which they differ."""
     fields.ignore("encoder_stride", "pooler_output_size")
     fields.choose("pooler_act", {"tanh": None}, "tanh")
     return ViTConfig(
@@ -78,7 +78,7 @@ def read_vit(fields: Fields, **others: Any) -> ViTConfig:
 
 
 def write_vit(config: ViTConfig) -> dict[str, Any]:
-    """The way back of `read_vit`, and of `read_num_classes` if there are any."""
+    """The inverse of `read_vit`, and of `read_num_classes` if there are classes."""
     return write_sizes(config) | {
         "intermediate_size": config.inner_size,
         "hidden_act": write_activation(config),
@@ -89,13 +89,13 @@ def write_vit(config: ViTConfig) -> dict[str, Any]:
 
 
 def read_num_classes(fields: Fields) -> int:
-    """How many classes a classifier has, which are listed by name."""
+    """How many classes a classifier has; the field lists their names."""
     labels = fields.take("id2label", None)
     return fields.take("num_labels", 2 if labels is None else len(labels))
 
 
 def write_num_classes(config: ViTConfig) -> dict[str, Any]:
-    """The way back of `read_num_classes`; nothing if there are no classes."""
+    """The inverse of `read_num_classes`; nothing if there are no classes."""
     if config.num_classes is None:
         return {}
     labels = [f"LABEL_{i}" for i in range(config.num_classes)]
@@ -106,7 +106,7 @@ def write_num_classes(config: ViTConfig) -> dict[str, Any]:
 
 
 def write_layer_scale(config: ViTConfig) -> float:
-    """Where the scale of branches begins, in families that always have one."""
+    """The initial scale of branches, in families that always have one."""
     return 1.0 if config.layer_scale is None else config.layer_scale
 
 
@@ -139,23 +139,23 @@ def embedding_names(config: ViTConfig) -> dict[str, str | Into]:
 
 
 def vit_names(config: ViTConfig) -> dict[str, str | Into]:
-    """All of a model without a head."""
+    """The names of a whole model without a head."""
     last = {"layernorm": "norm", "pooler.dense": "pooler"}
     return {**embedding_names(config), **LAYER_NAMES, **last}
 
 
 def with_prefix(prefix: str, names: Mapping[str, str | Into]) -> dict[str, str | Into]:
-    """The names of a model in files that have a head besides."""
+    """The names of a model in files that also have a head."""
     return {f"{prefix}{name}": ours for name, ours in names.items()}
 
 
 def adapt_pooler(config: ViTConfig, names: Collection[str]) -> ViTConfig:
-    """Some have no pooler, whatever transformers would then begin with."""
+    """Some files have no pooler; transformers would initialise one at random."""
     return config.replace(pooler="pooler.dense.weight" in names)
 
 
 def differences(a: ViTConfig, b: ViTConfig) -> list[str]:
-    """The fields by which two models compute different things."""
+    """The fields that make two models compute different things."""
     a, b = _canonical(a), _canonical(b)
     names = [field.name for field in dataclasses.fields(ViTConfig)]
     return [name for name in names if getattr(a, name) != getattr(b, name)]
@@ -176,7 +176,7 @@ def _canonical(config: ViTConfig) -> ViTConfig:
         d_ff=config.inner_size,
         qkv_bias=qkv_bias,
         k_bias=qkv_bias if config.k_bias is None else config.k_bias,
-        # Where training begins.
+        # Only an initial value.
         layer_scale=None if config.layer_scale is None else 1.0,
         **{name: getattr(ViTConfig, name) for name in unused},
     )

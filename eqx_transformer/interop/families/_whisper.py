@@ -12,7 +12,7 @@ from ._transformer import completed, differences
 
 
 def _read(fields: Fields) -> WhisperConfig:
-    # Of training, of classification, and of the times of words.
+    # Fields of training, of classification, and of word timestamps.
     fields.ignore(
         *("apply_spec_augment", "mask_time_prob", "mask_time_length", "mask_time_min_masks"),
         *("mask_feature_prob", "mask_feature_length", "mask_feature_min_masks"),
@@ -37,7 +37,7 @@ def _write(config: WhisperConfig) -> dict[str, Any]:
         "num_mel_bins": config.num_mel_bins,
         "max_source_positions": config.max_source_len,
         "max_target_positions": transformer.max_len,
-        # That of the published ones, which must be an id of the vocabulary.
+        # That of the published models, if it is an id of the vocabulary.
         "pad_token_id": min(50_256, transformer.vocab_size - 1),
     }
 

@@ -79,7 +79,7 @@ MASKS: dict[str, Any] = {
     "large table": attn.Predicate(lambda i, j: LARGE[i * j] > 0),
 }
 REFUSED = {
-    "large table": f"looks something up .* in a table of {SEQ * SEQ - 1} elements, more than 1024",
+    "large table": f"indexes, for every .* a table of {SEQ * SEQ - 1} elements, more than 1024",
     "angle": "Unimplemented primitive .* acos",
 }
 """By TPUs, and what they say."""
