@@ -1,8 +1,8 @@
-"""The kernels for Hopper GPUs: those of `_triton.py`, by what these GPUs have to be told to do.
+"""The kernels for Hopper GPUs: those of `_triton.py`, with asynchronous copies and products.
 
-FlashAttention-3 (Shah et al., 2024), §3.1: products are asynchronous, tiles are fetched by a
-warpgroup of its own, and two warpgroups take turns, so that one multiplies while the other computes
-weights. It is for numbers of two bytes, which are all that the matrix unit takes at full speed.
+FlashAttention-3 (Shah et al., 2024), §3.1: a separate warpgroup fetches tiles, and two warpgroups
+take turns, so that one multiplies while the other computes weights. Only for 16-bit dtypes, since
+the matrix unit takes no others at full speed.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from ._tuning import Tuning
 
 
 def _tokens(x: Any, like: Any, dim: int | None = None) -> Any:
-    """Without what fills up tiles."""
+    """Without padding."""
     return x[: like.shape[0], :, : like.shape[2] if dim is None else dim]
 
 
@@ -59,7 +59,7 @@ def _forward_kernel(group: Tile) -> Any:
         peak = filled((ROWS,), group.numbers["sinks"] * LOG2E)
         total = jnp.where(peak == -jnp.inf, 0.0, 1.0)
     other = lax.axis_index("warpgroup") == 1
-    # The second warpgroup begins when the first has issued its first product.
+    # The second warpgroup starts once the first has issued its first product.
     pl.when(other)(group.turn)
 
     def step(tile: Tile, state: Any) -> Any:
@@ -77,7 +77,7 @@ def _forward_kernel(group: Tile) -> Any:
         tile.release(0)
         weighted = weighted * by_row(decay, wide)
         weights = weights.astype(frame.dtype)
-        # Computed before the wait for the turn, so that the products begin with it.
+        # The barrier keeps this before the wait, so that a turn starts with products.
         weighted, total, new_peak, weights = lax.optimization_barrier(
             (weighted, total, new_peak, weights)
         )
@@ -89,7 +89,7 @@ def _forward_kernel(group: Tile) -> Any:
         return new_peak, total, weighted
 
     def finish(state: Any) -> Any:
-        # The second still waits for the first, which has had one turn less.
+        # The second warpgroup still waits for the first, which has ended one turn fewer.
         pl.when(jnp.logical_not(other))(group.turn)
         peak, total, weighted = state
         empty = total == 0

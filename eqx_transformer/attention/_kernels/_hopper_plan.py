@@ -27,9 +27,9 @@ _MISSING: Final = frozenset(
     "acos acosh asin asinh atan atanh cbrt ceil cosh erf_inv expm1 floor log1p population_count "
     "pow sinh tan cos sin".split()
 )
-"""Operations that are known for other platforms, and not for this one.
+"""Operations that other platforms have, and this one does not.
 
-Those at the end are, but of large numbers, such as distances, they are not to be relied upon.
+It does have `cos` and `sin`, but they are not accurate for large arguments, such as distances.
 """
 
 
@@ -48,7 +48,7 @@ class Plan:
     """
 
     frame: Frame
-    """With the parts of score mod and mask that are left to a kernel."""
+    """With what is left of the score mod and the mask for the kernel to compute."""
     tiles: HopperTiles
     by_column: bool
     lists: tuple[Any, ...]
@@ -56,20 +56,20 @@ class Plan:
     scalars: dict[str, Any]
     """One number for each head, or one for all: `[heads or 1]`."""
     own: dict[str, Any]
-    """Of which a warpgroup keeps its rows."""
+    """Arrays of which a warpgroup keeps its rows."""
     parts: tuple[dict[str, Any], ...]
-    """Of which tiles are fetched. What is in one dictionary is waited for and released at once."""
+    """Arrays of which tiles are fetched. Those in one dictionary go together."""
     late: dict[str, Any]
-    """Like `own`, but read only when the sums are there."""
+    """Like `own`, but read only after the last tile."""
 
     @property
     def block(self) -> int:
-        """How many tokens a tile that is fetched has."""
+        """How many tokens a fetched tile has."""
         return self.frame.block_q if self.by_column else self.frame.block_kv
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Heads, and tiles of the side that a program keeps."""
+        """Heads, and tiles of the side that programs keep."""
         frame = self.frame
         if self.by_column:
             return frame.kv_heads, frame.columns
@@ -91,9 +91,9 @@ def make_plan(
 
     Arguments:
 
-    - `queries`, `keys`: arrays of theirs, in as many parts as a kernel waits for in turn.
-    - `late`: arrays of queries that are read in the end.
-    - `by_column`: whether a program keeps keys, and not queries.
+    - `queries`, `keys`: their arrays, in the parts that the kernel awaits one after the other.
+    - `late`: arrays of queries that are read at the end.
+    - `by_column`: whether a program keeps keys rather than queries.
     """
     if inputs.q.dtype.itemsize != 2:
         raise NoKernelError(f"has no kernels for Hopper GPUs in {inputs.q.dtype}")
@@ -142,12 +142,12 @@ def make_plan(
 
 
 def _in_tiles(name: str, x: Any, block: int) -> Any:
-    """With whole tiles of tokens, and as many columns as the layout of shared memory takes."""
+    """Pads to whole tiles of tokens, and to the columns that the layout of shared memory needs."""
     if x.ndim == 2:
-        # The weights of queries that fill up a tile are zero.
+        # This gives padded queries weights of zero.
         fill = jnp.inf if name == "lse" else 0.0
         return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), constant_values=fill)
-    # The last token again: at zeros a score mod may be singular, and zero times infinity is NaN.
+    # Repeats the last token: at zero a score mod may be singular, and zero times infinity is NaN.
     x = jnp.pad(x, ((0, -x.shape[0] % block), (0, 0), (0, 0)), mode="edge")
     return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % 64)))
 
@@ -155,11 +155,11 @@ def _in_tiles(name: str, x: Any, block: int) -> Any:
 def _given(
     program: Program, tables: list[Any], frame: Frame, q_pos: Any, kv_pos: Any, counted: set[str]
 ) -> tuple[Program, tuple[dict[str, Any], ...]]:
-    """What is left of a program for a kernel, and the numbers, rows and columns it is given.
+    """What is left of a program for the kernel, and the numbers, rows and columns passed to it.
 
     Arguments:
 
-    - `counted`: positions that are `0, 1, 2, ...`: a kernel has them without being given them.
+    - `counted`: positions that are `0, 1, 2, ...`, which a kernel can count itself.
     """
 
     def before(node: Instruction) -> bool:

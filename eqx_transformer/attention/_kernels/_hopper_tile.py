@@ -1,9 +1,9 @@
-"""What the kernels for Hopper GPUs have in common: what the warpgroups of a program do.
+"""What the kernels for Hopper GPUs have in common: the work of a program's warpgroups.
 
 A program has three warpgroups. Two compute: each keeps 64 rows (queries or, for the cotangents of
-keys and values, keys) and runs over the tiles of the other side. The third fetches these tiles into
-shared memory ahead of time. They meet at barriers: a part of a tile is ready once it has arrived,
-and its slot may be filled again when both have released it.
+keys and values, keys) and loops over the tiles of the other side. The third prefetches these tiles
+into shared memory. They synchronise by barriers: a part of a tile is ready once it has arrived, and
+its slot may be refilled once both computing warpgroups have released it.
 """
 
 import dataclasses
@@ -37,11 +37,12 @@ def call_kernel(
 
     Arguments:
 
-    - `kernel`: takes a `Tile` that is not known yet, and returns what a warpgroup's sums begin
-        with, what a tile makes of them, and what rows of the outputs follow in the end, by name.
+    - `kernel`: takes a `Tile` still to be placed, and returns a warpgroup's initial sums, a
+        function that updates them with a tile, and one that computes the rows of the outputs from
+        the final sums, by name.
     - `outputs`: the arrays' types, by name, on the side of `plan.own`.
-    - `staged`: the own array through whose place in shared memory an output is written, if they
-        are of one size.
+    - `staged`: the own array whose place in shared memory an output is written through, if they
+        have the same size.
     """
     staged = {x: y for x, y in staged.items() if outputs[x].shape == plan.own[y].shape}
     operands = (plan.lists, plan.scalars, plan.own, plan.parts, plan.late)
@@ -54,7 +55,7 @@ def call_kernel(
             results = dict(zip(outputs, refs[count:-1], strict=True))
             program = _Program(plan, lists, scalars, own, parts, late, refs[-1], interpret)
             compute = partial(program.compute, kernel, results, staged)
-            # One or the other: no register is kept for the other through it.
+            # Not two `pl.when`: in these, registers of the one would be kept through the other.
             lax.cond(lax.axis_index("warpgroup") < COMPUTING, compute, program.fetch)
 
         body.__name__ = kernel.__name__.strip("_")
@@ -74,7 +75,7 @@ def call_kernel(
 
 
 def _shared_memory(plan: Plan, outputs: dict[str, Any], staged: dict[str, str]) -> dict[str, Any]:
-    """What the warpgroups of a program have in common."""
+    """The shared memory and the barriers of a program."""
 
     def room(slots: int, size: int, x: Any) -> Any:
         if x.ndim == 2:
@@ -112,7 +113,7 @@ def _rows_of(ref: Any, first: Any, size: int, token_head: Any, head: Any) -> Any
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Program:
-    """What the warpgroups of a program do. The names are those of `Plan`, now references."""
+    """The work of a program's warpgroups. Fields named as in `Plan` are references to arrays."""
 
     plan: Plan
     lists: Any
@@ -125,24 +126,24 @@ class _Program:
 
     @property
     def members(self) -> int:
-        """How many heads of queries the program works for."""
+        """How many query heads the program covers."""
         return self.plan.frame.group if self.plan.by_column else 1
 
     @property
     def line(self) -> Any:
-        """Which tile of the side a program keeps.
+        """Which tile the program keeps.
 
-        Rows are begun with the last, as those of a causal mask take the longest.
+        Rows start with the last tile, which takes the longest under a causal mask.
         """
         line = lax.axis_index("lines")
         return line if self.plan.by_column else self.plan.grid[1] - 1 - line
 
     def head(self, member: Any) -> Any:
-        """That of the queries."""
+        """The query head."""
         return lax.axis_index("heads") * self.members + member
 
     def index(self, n: Any) -> Any:
-        """That of the first token of the line's `n`-th tile."""
+        """The index of the first token of the line's `n`-th tile."""
         if len(self.lists) > 2:
             n = self.lists[2][self.line, n]
         return n * self.plan.block
@@ -153,7 +154,7 @@ class _Program:
         return kept, self.line * (ROWS * COMPUTING) + warpgroup * ROWS
 
     def slot(self, t: Any) -> Any:
-        """Where the `t`-th tile of the program is in shared memory."""
+        """The slot in shared memory of the program's `t`-th tile."""
         return lax.rem(t, jnp.int32(self.plan.tiles.stages))
 
     def fetch(self) -> None:
@@ -183,7 +184,7 @@ class _Program:
         else:
             of_member(0)
 
-        # Nothing is to be left at a barrier.
+        # Every arrival at a barrier must be waited for.
         count = live * self.members
 
         @pl.loop(jnp.maximum(count - plan.tiles.stages, 0), count)
@@ -251,13 +252,16 @@ def filled(shape: tuple[int, ...], value: Any) -> Any:
 
 
 def by_row(column: Any, shape: tuple[int, int]) -> Any:
-    """A tile in which every row is one number."""
+    """A tile whose rows are constant."""
     return lax.broadcast_in_dim(column, shape, (0,))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tile:
-    """A tile of scores, 64 rows of a warpgroup by the tokens fetched. Parts are known later."""
+    """A tile of scores, a warpgroup's 64 rows by the fetched tokens.
+
+    Some fields are filled in only later, by `of` and `at`.
+    """
 
     program: _Program
     kept: dict[str, Any]
@@ -268,20 +272,20 @@ class Tile:
     columns: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The warpgroup's vectors, for the head."""
     numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Those of the head, or of all."""
+    """Scalars of the head, or of all heads."""
     slot: Any = None
     first: Any = None
-    """The index of the first token fetched."""
+    """The index of the first fetched token."""
     masked: bool = True
-    """Whether some pairs may be excluded, or stick out of the sequence."""
+    """Whether some pairs may be excluded, or be beyond the sequence."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows, and tokens fetched."""
+        """Rows, and fetched tokens."""
         return ROWS, self.program.plan.block
 
     def of(self, head: Any) -> "Tile":
-        """Says for which head of queries it is."""
+        """Sets the query head."""
         columns = {
             name: _load(_rows_of(ref, self.row, ROWS, None, head), _LAYOUT.reduce(1))
             for name, ref in self.program.own.items()
@@ -293,22 +297,22 @@ class Tile:
         return dataclasses.replace(self, head=head, columns=columns, numbers=numbers)
 
     def at(self, slot: Any, first: Any, masked: bool) -> "Tile":
-        """Says which tile it is."""
+        """Sets which tile it is."""
         return dataclasses.replace(self, slot=slot, first=first, masked=masked)
 
     def ready(self, part: int) -> None:
-        """Waits until a part of the tile is there."""
+        """Waits until a part of the tile has arrived."""
         plgpu.barrier_wait(self.program.shared["ready"][part].at[self.slot])
 
     def release(self, part: int) -> None:
-        """Says that this warpgroup has read a part of the tile."""
+        """Signals that this warpgroup has read a part of the tile."""
         if any(len(ref.shape) == 2 for ref in self.program.parts[part].values()):
-            # Vectors are read as any memory is, and written by copies: only a fence orders the two.
+            # A fence: vectors are read by ordinary loads, but written by asynchronous copies.
             plgpu.commit_smem()
         plgpu.barrier_arrive(self.program.shared["free"][part].at[self.slot])
 
     def end_turn(self) -> None:
-        """Lets the other warpgroup go on, with products or with what is between them."""
+        """Lets the other warpgroup go on."""
         plgpu.barrier_arrive(self.program.shared["turn"])
 
     def begin_turn(self) -> None:
@@ -334,7 +338,7 @@ class Tile:
         return _load(rows, _LAYOUT).astype(jnp.float32)
 
     def vector(self, name: str, scale: float | None = None) -> Any:
-        """A tile of what is one number for each of its rows, or for each token fetched."""
+        """A tile of a vector that has a number for each row, or for each fetched token."""
         mine = name in self.columns
         x = self.columns[name] if mine else _load(self.fetched(name), _LAYOUT.reduce(0))
         return lax.broadcast_in_dim(x if scale is None else x * scale, self.shape, (1 - mine,))
@@ -355,7 +359,7 @@ class Tile:
     def accumulated(self, total: Any, *pairs: tuple[Any, Any]) -> Any:
         """Adds products `a @ b` of a tile in registers and one in shared memory."""
         if self.program.interpret:
-            # The interpreter takes factors of products from shared memory alone.
+            # The interpreter supports only factors in shared memory.
             for a, b in pairs:
                 total += jnp.dot(a.astype(b.dtype).astype(jnp.float32), b[...].astype(jnp.float32))
             plgpu.commit_smem()
@@ -368,18 +372,18 @@ class Tile:
         return pl.run_state(multiply)(plgpu.ACC.init(total))
 
     def _index(self, side: str) -> Any:
-        """Where in the sequence the queries, or the keys, of all pairs are."""
+        """The index in the sequence of the query, or of the key, of each pair."""
         plan = self.program.plan
         fetched = (side == "q") == plan.by_column
         count = plgpu.broadcasted_iota(jnp.int32, self.shape, int(fetched), layout=_LAYOUT)
         index = count + (self.first if fetched else self.row)
         if fetched and side == "q" and plan.frame.q_seq % plan.block:
-            # A position that exists, where a score mod is not singular: zero times NaN is NaN.
+            # Positions that exist: a score mod may be singular elsewhere, and 0 * NaN is NaN.
             index = jnp.minimum(index, plan.frame.q_seq - 1)
         return index
 
     def _run(self, what: str, program: Program) -> Run:
-        """A score mod or mask, with what was computed before and where its pairs are."""
+        """Starts a score mod or mask with its precomputed numbers and the pairs' positions."""
         arguments = {}
         for name in frozenset().union(*(x.needs for x in program.instructions)):
             if f"{what} {name}" in self.numbers:
@@ -392,7 +396,7 @@ class Tile:
         return program.start([]).bind(**arguments)
 
     def allowed(self) -> Any:
-        """Which pairs may attend; `None` for all."""
+        """Which pairs may attend; `None` if all may."""
         plan, frame = self.program.plan, self.program.plan.frame
         if not self.masked:
             return None
@@ -413,10 +417,10 @@ class Tile:
         return tuple(jnp.where(kept, x * (1 / (1 - rate)), 0.0) for x in tiles)
 
     def scores(self, raw: Any, **tangents: Any) -> tuple[Any, float, Any]:
-        """Scores, by which positive factor they are in base two, and what else a score mod returns.
+        """Scores, the positive factor that takes them to base two, and a score mod's other result.
 
-        Scores are `-inf` where pairs are excluded. What else is a tile, a number, or `None` if
-        there is no score mod. The factor is for later: then it is part of a subtraction.
+        Scores of excluded pairs are `-inf`. The other result is a tile, a number, or `None` without
+        a score mod. The factor is applied later, where it fuses with a subtraction.
         """
         frame, rest, factor = self.program.plan.frame, None, LOG2E
         if frame.mod is not None:
@@ -434,9 +438,9 @@ class Tile:
         return scores, factor, rest
 
     def weights(self, raw: Any, dscores: Any = None) -> tuple[Any, Any]:
-        """Weights before dropout and, times them, the derivative of a score by its product.
+        """Weights before dropout, and weights times the derivative of a score by its product.
 
-        If tangents of the products are given, times the tangents of the scores instead.
+        If tangents of the products are given, weights times the tangents of the scores instead.
         """
         tangents = {} if dscores is None else {"dscore": dscores}
         scores, factor, derivative = self.scores(raw, **tangents)
@@ -450,7 +454,7 @@ class Tile:
         return weights, weights * derivative
 
     def draw(self, rate: Any, dweights: Any) -> Any:
-        """The cotangent of the products `q . k`, but for scale."""
+        """The cotangent of `scale * q . k`."""
         (dweights,) = self.dropped(dweights)
         return rate * (dweights - self.vector("delta"))
 
