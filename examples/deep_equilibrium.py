@@ -80,9 +80,9 @@ class Approximately(lineax.GMRES):
 class Equilibrium(eqx.Module):
     """The fixed point `z = block(z / 4 + x)`, of a whole batch at once.
 
-    A block whose last operation is a norm keeps the size of `z` at one. A change in a quarter of
-    it, added to an `x` that is not small, changes the output by less, so that iterations converge;
-    the penalty ensures that they keep doing so.
+    A block whose last operation is a norm keeps the size of `z` at one. Since only a quarter of it
+    is added to an `x` that is not small, a change of `z` changes the output by less, so that
+    iterations converge; the penalty ensures that they keep doing so.
     """
 
     block: AbstractBlock

@@ -27,7 +27,7 @@ def hoist(function: Any, *examples: Any, what: str, out_dtype: Any) -> Any:
     that captures some. A function that captures nothing is kept: its identity is what lets
     compilations be reused.
 
-    A function is always applied to scalars, so that one that is not elementwise after all (it
+    A plain function is applied to scalars, so that one that is not elementwise after all (it
     subtracts a mean, say) cannot depend on how an implementation tiles.
 
     Arguments:

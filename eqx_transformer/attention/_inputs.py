@@ -18,7 +18,7 @@ from ._varying import vary_alike
 
 
 class Source(eqx.Module):
-    """Queries, keys and values not yet sanitized or gathered, for kernels that do this in place."""
+    """Queries, keys and values not yet sanitized or gathered, for kernels that do so on reading."""
 
     q: Float[Array, "q_seq heads head_dim"]
     k: Float[Array, "*positions kv_heads head_dim"]

@@ -21,7 +21,7 @@ from ._hoist import hoist
 EMPTY: Final = 0
 """No pair of the rectangle may attend."""
 PARTIAL: Final = 1
-"""Some pairs may attend, or it is unknown which."""
+"""Some pairs may attend and others not, or this is unknown."""
 FULL: Final = 2
 """Every pair of the rectangle may attend."""
 
@@ -391,7 +391,7 @@ class TokenGroups(AbstractMask):
             )
 
     def _group(self, pos: Int[Array, "..."]) -> Int[Array, "..."]:
-        """The group of each position, counted from 1; one more than their number after the last."""
+        """The group of each position, from 1; 0 before the first, one more after the last."""
         starts = jnp.asarray(np.cumsum((0, *self.sizes)), jnp.int32)
         return jnp.searchsorted(starts, pos, side="right").astype(jnp.int32)
 

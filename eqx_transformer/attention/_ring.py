@@ -115,7 +115,8 @@ def ring_attention(
         mask = jax.tree.map(
             lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, mask
         )
-        # Only now, after keys were sanitized: one that no query here attends to, another may.
+        # Only now: given it, `make_inputs` zeroes keys that no query here attends to, and queries
+        # elsewhere may.
         inputs = eqx.tree_at(lambda x: x.mask, inputs, mask, is_leaf=lambda x: x is None)
     out, _ = _passes(axis_name, stripes)(inputs)
     return out

@@ -30,7 +30,7 @@ _WEIGHTS: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 def save_pretrained(model: Any, directory: str | Path, *, model_type: str | None = None) -> None:
     """Saves a model so that transformers can load it, and `load_pretrained` too.
 
-    The weights are written bit by bit, in their dtype; `config.json` describes the model in the
+    The weights keep their dtype and their bits; `config.json` describes the model in the
     terms of a family of transformers that computes the same. Training options, such as dropout, are
     not written, and there is no tokenizer. Tensors are written one at a time, into several files if
     they exceed 5 GB. To continue training, use `save`, which is safe against crashes.

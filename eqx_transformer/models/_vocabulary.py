@@ -59,7 +59,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 REMAT = {
     "none": None,
     "full": True,
-    # The products in attention have batch axes; its result is small compared with their inputs.
+    # The products in attention have batch axes, and would be recomputed; its result is small.
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names("attention"),

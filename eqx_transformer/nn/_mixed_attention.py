@@ -23,7 +23,7 @@ FEW_SCORES: Final = 2**12
 
 
 class GroupMemory(eqx.Module):
-    """Keys and values of one group, rotated to their coordinates, and which are not padding."""
+    """Rotated keys, and values, of one group, and which of its tokens are not padding."""
 
     k: Float[Array, "size kv_heads head_dim"]
     v: Float[Array, "size kv_heads head_dim"]

@@ -104,7 +104,8 @@ class PagedKVCache(eqx.Module):
     ) -> Callable[..., Array]:
         """`attention_fn` for what `extended` returned, but reading keys and values from the pages.
 
-        It is returned as it is unless it is `dot_product_attention` and pages are of `dtype`.
+        It is returned as it is unless it is `dot_product_attention`, with no option bound but the
+        `implementation`, and the pages are of `dtype`.
         """
         partial = isinstance(attention_fn, eqx.Partial)
         fn, options = (attention_fn.func, attention_fn.keywords) if partial else (attention_fn, {})

@@ -18,7 +18,7 @@ _FEW_ROWS = 8
 class Int8Linear(AbstractLinear):
     """A `Linear` whose weight is stored in eight bits: `y = (x @ values) * scale + bias`.
 
-    It takes a quarter of the memory of float32, all of which is read for every token. Only the
+    It takes a quarter of the memory of float32, and a token reads a quarter of the bytes. Only the
     weight is rounded: the product is that of `x` with `weight`, up to the rounding of float32, and
     so are its derivatives with respect to `x`, `scale` and `bias`. The integers have none; an
     optimiser sees `scale` and `bias`.

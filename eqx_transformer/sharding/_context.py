@@ -65,7 +65,7 @@ def context_parallel(
         if not isinstance(x, layers):
             return x
         found.append(x)
-        # A source has no positions of its own, so it counts as contiguous: they are indices.
+        # Attention to a source is given no positions: both sides count as contiguous.
         own: Layout = "contiguous" if isinstance(x, CrossAttention) else layout
         ring = _RingAttention(auto(mesh), rules.context or "", own)
         return eqx.tree_at(lambda x: x.attention_fn, x, ring)

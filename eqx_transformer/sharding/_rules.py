@@ -22,8 +22,8 @@ class Rule(NamedTuple):
     """The mesh axes for the axes of the parameter in one layer and one expert. Those that count
     layers and experts are not among them."""
     required: bool = True
-    """Whether it is an error if a mesh axis does not divide an axis of the parameter; if not, that
-    axis is not split."""
+    """Whether it is an error if a mesh axis does not divide an axis of the parameter; otherwise
+    such an axis is not split."""
 
 
 _COLUMNS = r"(^|\.)(q|k|v|gate|up|q_up|kv_up|h|f)_proj\.(base\.)?"

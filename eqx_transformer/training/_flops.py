@@ -52,7 +52,7 @@ def model_flops(function: Callable[..., Any], *args: Any) -> int:
 
 
 def _count(jaxpr: Any, axes: tuple[tuple[str, int], ...] = ()) -> int:
-    """The count for a program that runs on all devices along `axes` (names and sizes)."""
+    """The count for one device of a program that runs on all along `axes` (names and sizes)."""
     return sum(_count_equation(equation, axes) for equation in jaxpr.eqns)
 
 
