@@ -91,8 +91,8 @@ class TransformerConfig(AbstractConfig):
     - `final_norm`: whether there is a norm after the last block.
     - `activation`: the nonlinearity of the MLPs.
     - `use_bias`: whether projections, and norms of kind `"layer"`, have biases.
-    - `k_bias`: whether the projections of keys have biases, which a softmax ignores unless
-        `positions` is `"rope"`; `None` for `use_bias`.
+    - `k_bias`: whether the projections of keys have biases, which cancel in a softmax unless keys
+        are rotated or normalised; `None` for `use_bias`.
     - `layer_scale`: initial factor of the learned scale of each branch; `None` for no scale.
 
     Attention:
