@@ -246,7 +246,7 @@ def test_bad_arguments():
     q, k, v = qkv(20)
     with pytest.raises(ValueError, match="chunk_size=0"):
         linear_attention(q, k, v, chunk_size=0)
-    with pytest.raises(ValueError, match="act on the last axis"):
+    with pytest.raises(ValueError, match="act only on the last axis"):
         linear_attention(q, k, v, feature_map=lambda x: x[..., 0])
     with pytest.raises(ValueError, match="covers 9 kv positions but kv_seq=21"):
         linear_attention(q, k, v, mask=Padding(jnp.ones(9, bool)))

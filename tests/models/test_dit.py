@@ -255,7 +255,7 @@ def test_conditions_that_nobody_asked_for(getkey):
     parallel = ParallelBlock(block.attention, block.mlp, Residual(LayerNorm(8)))
     vector = Condition(vector=jnp.ones(3))
     for b in (plain, parallel):
-        with pytest.raises(ValueError, match="the context has a vector, but the block no"):
+        with pytest.raises(ValueError, match="has a vector, but the block has no modulation"):
             b(x, context=vector)
         with pytest.raises(ValueError, match=r"no use for the context .* a str"):
             b(x, context="what")
