@@ -11,6 +11,7 @@ from .._unbatched import unbatched
 from ..attention import AbstractMask, Prefix, ScoreMod, dot_product_attention, lookback
 from ._axial_rope import AxialRoPE
 from ._cache import KVCache
+from ._checks import check_rate
 from ._linear import AbstractLinear, Linear
 from ._norm import RMSNorm
 from ._paged_cache import PagedKVCache
@@ -173,7 +174,7 @@ class Attention(AbstractAttention):
         - `ValueError` for sizes that do not divide each other.
         """
         num_kv_heads, head_dim = head_sizes("Attention", d_model, num_heads, num_kv_heads, head_dim)
-        check_rate("Attention", dropout_rate)
+        check_rate("Attention", "dropout_rate", dropout_rate)
         if gate not in (None, "output", "value"):
             raise ValueError(f"Attention: gate={gate!r} must be None, 'output' or 'value'.")
         if qk_norm_over not in ("head", "projection"):
@@ -410,9 +411,3 @@ def split_heads(
     """The vector of each head."""
     # Not -1 for their number, which an empty sequence would leave open.
     return x.reshape(x.shape[0], x.shape[1] // head_dim, head_dim)
-
-
-def check_rate(owner: str, dropout_rate: float) -> None:
-    """Checks a probability of being dropped."""
-    if not 0 <= dropout_rate < 1:
-        raise ValueError(f"{owner}: dropout_rate={dropout_rate} must be at least 0 and below 1.")

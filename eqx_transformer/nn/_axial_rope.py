@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._precision import accumulation_dtype
+from ._checks import check_positive
 from ._coordinates import check_dims
 
 
@@ -44,10 +45,7 @@ class AxialRoPE(eqx.Module):
 
     def __check_init__(self) -> None:
         for name in ("num_dims", "theta", "scale"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"AxialRoPE: {name}={getattr(self, name)} must be positive and finite."
-                )
+            check_positive("AxialRoPE", name, getattr(self, name))
 
     def __call__(
         self, x: Float[Array, "seq heads head_dim"], coordinates: Float[Array, "seq dims"]

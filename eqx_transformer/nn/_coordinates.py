@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
 from .._precision import accumulation_dtype
+from ._checks import check_positive
 
 
 def grid_coordinates(sizes: tuple[int, ...], dtype: DTypeLike | None = None) -> Float[Array, "..."]:
@@ -69,10 +70,7 @@ class SinusoidalCoordinates(eqx.Module):
                 f"SinusoidalCoordinates: d_model={self.d_model} must be at least 2 * num_dims = "
                 f"{2 * self.num_dims}: every coordinate has a sine and a cosine."
             )
-        if not 0 < self.theta < math.inf:
-            raise ValueError(
-                f"SinusoidalCoordinates: theta={self.theta} must be positive and finite."
-            )
+        check_positive("SinusoidalCoordinates", "theta", self.theta)
 
     def __call__(
         self, coordinates: Float[Array, "seq dims"], dtype: DTypeLike | None = None

@@ -6,8 +6,9 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask, ScoreMod, dot_product_attention
-from ._attention import check_rate, head_sizes, split_heads
+from ._attention import head_sizes, split_heads
 from ._cache_storage import Int8Vectors, as_floats, stored
+from ._checks import check_rate
 from ._linear import AbstractLinear, Linear
 from ._norm import RMSNorm
 
@@ -83,7 +84,7 @@ class CrossAttention(eqx.Module):
         num_kv_heads, head_dim = head_sizes(
             "CrossAttention", d_model, num_heads, num_kv_heads, head_dim
         )
-        check_rate("CrossAttention", dropout_rate)
+        check_rate("CrossAttention", "dropout_rate", dropout_rate)
         d_memory = d_model if d_memory is None else d_memory
         k_bias = use_bias if k_bias is None else k_bias
         q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim

@@ -8,7 +8,8 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask, dot_product_attention
-from ._attention import AbstractAttention, check_rate, head_sizes, split_heads
+from ._attention import AbstractAttention, head_sizes, split_heads
+from ._checks import check_rate
 from ._linear import AbstractLinear, Linear
 
 
@@ -77,7 +78,7 @@ class DisentangledAttention(AbstractAttention):
         - `ValueError` for sizes that do not divide each other, or a bad number of buckets.
         """
         _, self.head_dim = head_sizes("DisentangledAttention", d_model, num_heads, None, None)
-        check_rate("DisentangledAttention", dropout_rate)
+        check_rate("DisentangledAttention", "dropout_rate", dropout_rate)
         if max_distance < 1:
             raise ValueError(
                 f"DisentangledAttention: max_distance={max_distance} must be at least 1."

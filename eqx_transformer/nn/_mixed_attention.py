@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask, Padding, TokenGroups, dot_product_attention
-from ._attention import AbstractAttention, check_rate, head_sizes, split_heads
+from ._attention import AbstractAttention, head_sizes, split_heads
 from ._axial_rope import AxialRoPE
+from ._checks import check_rate
 from ._linear import AbstractLinear, Linear
 from ._norm import RMSNorm
 from ._padding import padding_flags
@@ -111,7 +112,7 @@ class MixedAttention(AbstractAttention):
         num_kv_heads, head_dim = head_sizes(
             "MixedAttention", d_model, num_heads, num_kv_heads, head_dim
         )
-        check_rate("MixedAttention", dropout_rate)
+        check_rate("MixedAttention", "dropout_rate", dropout_rate)
         q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
         keys = jax.random.split(key, 4)
         self.q_proj = Linear(d_model, q_size, use_bias=use_bias, dtype=dtype, key=keys[0])

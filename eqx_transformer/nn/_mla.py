@@ -7,8 +7,9 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._unbatched import unbatched
 from ..attention import AbstractMask, ScoreMod, dot_product_attention
-from ._attention import WRITTEN, AbstractAttention, check_rate, split_heads
+from ._attention import WRITTEN, AbstractAttention, split_heads
 from ._cache import KVCache
+from ._checks import check_rate
 from ._linear import AbstractLinear, Linear
 from ._norm import RMSNorm
 from ._paged_cache import PagedKVCache
@@ -115,7 +116,7 @@ class LatentAttention(AbstractAttention):
                 f"LatentAttention: {type(rope.scaling).__name__} depends on the length of the "
                 "sequence, but the cache holds keys already rotated; use another scaling."
             )
-        check_rate("LatentAttention", dropout_rate)
+        check_rate("LatentAttention", "dropout_rate", dropout_rate)
         qkv_bias = use_bias if qkv_bias is None else qkv_bias
         head_dim = nope_head_dim + rope_head_dim
         keys = jax.random.split(key, 5)

@@ -1,7 +1,5 @@
 """Conditioning by a vector: scales and shifts that depend on it."""
 
-import math
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._precision import accumulation_dtype
+from ._checks import check_positive
 from ._linear import AbstractLinear, Linear
 
 
@@ -100,10 +99,7 @@ class TimestepEmbedding(eqx.Module):
 
         - `ValueError` if `num_features` is odd, or `max_period` not positive and finite.
         """
-        if not 0 < max_period < math.inf:
-            raise ValueError(
-                f"TimestepEmbedding: max_period={max_period} must be positive and finite."
-            )
+        check_positive("TimestepEmbedding", "max_period", max_period)
         if num_features < 2 or num_features % 2:
             raise ValueError(
                 f"TimestepEmbedding: num_features={num_features} must be even and at least 2: "

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, PyTree
 
 from .._precision import accumulation_dtype
 from .._unbatched import unbatched
+from ._checks import check_positive, check_rate
 from ._grouped import grouped_map, sorted_by_group
 from ._linear import AbstractLinear, Linear
 
@@ -158,10 +159,7 @@ class MixtureOfExperts(eqx.Module):
             )
         if scores not in ("softmax", "sigmoid"):
             raise ValueError(f"MixtureOfExperts: scores={scores!r} must be 'softmax' or 'sigmoid'.")
-        if not 0 < route_scale < math.inf:
-            raise ValueError(
-                f"MixtureOfExperts: route_scale={route_scale} must be positive and finite."
-            )
+        check_positive("MixtureOfExperts", "route_scale", route_scale)
         if num_groups < 1 or num_experts % num_groups:
             raise ValueError(
                 f"MixtureOfExperts: num_experts={num_experts} is not a multiple of "
@@ -188,8 +186,7 @@ class MixtureOfExperts(eqx.Module):
                 f"MixtureOfExperts: capacity_factor={capacity_factor} must be positive; None is no "
                 "limit."
             )
-        if not 0 <= jitter < 1:
-            raise ValueError(f"MixtureOfExperts: jitter={jitter} must be at least 0 and below 1.")
+        check_rate("MixtureOfExperts", "jitter", jitter)
         router_key, experts_key = jax.random.split(key)
         self.router = Linear(
             d_model, num_experts, use_bias=router_bias, dtype=dtype, key=router_key

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._precision import accumulation_dtype
+from ._checks import check_positive
 from ._embedding import Embedding
 
 
@@ -40,10 +41,7 @@ class SinusoidalPositions(eqx.Module):
                 f"SinusoidalPositions: d_model={self.d_model} must be even and at least 2: every "
                 "wavelength has a sine and a cosine."
             )
-        if not 0 < self.theta < math.inf:
-            raise ValueError(
-                f"SinusoidalPositions: theta={self.theta} must be positive and finite."
-            )
+        check_positive("SinusoidalPositions", "theta", self.theta)
 
     def __call__(
         self, positions: Int[Array, " seq"], dtype: DTypeLike | None = None

@@ -1,6 +1,5 @@
 """Rotary position embedding."""
 
-import math
 from typing import Any
 
 import equinox as eqx
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._precision import accumulation_dtype
+from ._checks import check_positive
 from ._rope_scaling import AbstractRoPEScaling
 
 
@@ -75,8 +75,7 @@ class RoPE(eqx.Module):
     scaling: AbstractRoPEScaling | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
-        if not 0 < self.theta < math.inf:
-            raise ValueError(f"RoPE: theta={self.theta} must be positive and finite.")
+        check_positive("RoPE", "theta", self.theta)
         if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ValueError(
                 f"RoPE: rotary_dim={self.rotary_dim} must be even and at least 2: features are "

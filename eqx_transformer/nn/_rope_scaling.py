@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
+from ._checks import check_positive
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AbstractRoPEScaling(abc.ABC):
@@ -149,7 +151,7 @@ class YaRNScaling(AbstractRoPEScaling):
                 f"beta_fast={self.beta_fast}."
             )
         if self.attention_factor is not None:
-            _check_positive(self, "attention_factor", self.attention_factor)
+            check_positive(type(self).__name__, "attention_factor", self.attention_factor)
         for name in ("mscale", "mscale_all_dim"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
@@ -215,12 +217,12 @@ class LongRoPEScaling(AbstractRoPEScaling):
         _check_factor(self, self.factor)
         _check_length(self, self.original_max_len)
         if self.attention_factor is not None:
-            _check_positive(self, "attention_factor", self.attention_factor)
+            check_positive(type(self).__name__, "attention_factor", self.attention_factor)
         for name in ("short_factors", "long_factors"):
             factors = tuple(float(x) for x in getattr(self, name))
             object.__setattr__(self, name, factors)
             for factor in factors:
-                _check_positive(self, f"one of {name}", factor)
+                check_positive(type(self).__name__, f"one of {name}", factor)
 
     def __call__(self, frequency: np.ndarray, theta: float | int, length: Any) -> tuple[Any, float]:
         """See `AbstractRoPEScaling`."""
@@ -244,11 +246,6 @@ class LongRoPEScaling(AbstractRoPEScaling):
 def _check_factor(scaling: AbstractRoPEScaling, factor: float | int) -> None:
     if not 1 <= factor < math.inf:
         raise ValueError(f"{type(scaling).__name__}: factor={factor} must be at least 1.")
-
-
-def _check_positive(scaling: AbstractRoPEScaling, name: str, value: float | int) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{type(scaling).__name__}: {name}={value} must be positive and finite.")
 
 
 def _check_length(scaling: AbstractRoPEScaling, length: int) -> None:

@@ -13,7 +13,8 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 from .._precision import accumulation_dtype
 from .._unbatched import unbatched
 from ..attention import AbstractMask, dot_product_attention
-from ._attention import AbstractAttention, check_rate, head_sizes
+from ._attention import AbstractAttention, head_sizes
+from ._checks import check_rate
 from ._linear import AbstractLinear, Linear
 from ._padding import padding_flags
 
@@ -91,7 +92,7 @@ class SliceAttention(AbstractAttention):
         - `ValueError` for sizes that do not divide each other.
         """
         _, head_dim = head_sizes("SliceAttention", d_model, num_heads, None, head_dim)
-        check_rate("SliceAttention", dropout_rate)
+        check_rate("SliceAttention", "dropout_rate", dropout_rate)
         if num_slices < 1:
             raise ValueError(f"SliceAttention: num_slices={num_slices} must be at least 1.")
         if not 0 <= eps < math.inf:
