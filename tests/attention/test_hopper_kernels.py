@@ -18,7 +18,7 @@ from eqx_transformer.attention._kernels._unrolled import NoKernelError
 from eqx_transformer.attention._reference import reference
 
 from .conformance import assert_close
-from .kernels.problems import CAUSAL, NAMED, Problem, Rows, gpu, like
+from .kernels.problems import CAUSAL, NAMED, Problem, Rows, documents_gradient, gpu, like
 
 needs_mosaic = pytest.mark.skipif(not HOPPER, reason="needs JAX 0.11, and this is older")
 PASSES = kernel_passes(platform="hopper")
@@ -236,13 +236,7 @@ def test_few_queries_are_decoded_by_the_kernel_for_that(monkeypatch):
 
 @needs_mosaic
 def test_batches_are_more_programs_of_one_call():
-    def gradient(q: Any, k: Any, ids: Any) -> Any:
-        def loss(q: Any, k: Any) -> Any:
-            mask = CAUSAL & attn.Segments(ids)
-            return PASSES(make_inputs(q, k, k, mask=mask, score_mod=attn.ALiBi(2)))[0].sum()
-
-        return jax.grad(loss, argnums=(0, 1))(q, k)
-
+    gradient = documents_gradient(PASSES)
     q, k = (jnp.zeros((*batch, 64, 2, 16), jnp.bfloat16) for batch in ((3,), ()))
     ids = jnp.zeros((3, 64), jnp.int32)
     with gpu():

@@ -297,15 +297,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """Kernels across, cases down; decoding, which has one kernel, by itself."""
     decode = [row for row in rows if row["decode"]]
     parts = ([row for row in rows if not row["decode"]], decode)
-    return "\n\n".join(_table(part) for part in parts if part)
+    return "\n\n".join(table(part, _cell, "fails") for part in parts if part)
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str], missing: str) -> str:
+    """Markdown, with kernels across and cases down, and `missing` where there is no row."""
     names = [x for x in KERNELS if any(row["kernel"] == x for row in rows)]
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for case in dict.fromkeys(row["case"] for row in rows):
-        cells = {row["kernel"]: _cell(row) for row in rows if row["case"] == case}
-        lines.append(f"| {case} | " + " | ".join(cells.get(name, "fails") for name in names) + " |")
+        cells = {row["kernel"]: cell(row) for row in rows if row["case"] == case}
+        lines.append(f"| {case} | " + " | ".join(cells.get(name, missing) for name in names) + " |")
     return "\n".join(lines)
 
 

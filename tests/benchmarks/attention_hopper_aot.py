@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from attention_aot import Case, Compiler, default_cases, program, temporaries
+from attention_aot import Case, Compiler, default_cases, program, table, temporaries
 
 from eqx_transformer.attention._kernels._passes import kernel_passes
 
@@ -119,11 +119,7 @@ def compiled(compiler: Compiler, only: str) -> list[dict[str, Any]]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Instructions of each loop over tiles, and what is spilled: kernels across, cases down."""
-    lines = ["| | " + " | ".join(KERNELS) + " |", "|---|" + "---|" * len(KERNELS)]
-    for case in dict.fromkeys(row["case"] for row in rows):
-        cells = {row["kernel"]: _cell(row) for row in rows if row["case"] == case}
-        lines.append(f"| {case} | " + " | ".join(cells.get(x, "-") for x in KERNELS) + " |")
-    return "\n".join(lines)
+    return table(rows, _cell, "-")
 
 
 def _cell(row: dict[str, Any]) -> str:

@@ -182,3 +182,16 @@ PROBLEMS = [
     Problem("float16", mask=attn.SlidingWindow(9, 9), sinks=True, dtype=jnp.float16),
 ]
 NAMED = {problem.name: problem for problem in PROBLEMS}
+
+
+def documents_gradient(passes: Any) -> Callable[..., Any]:
+    """The gradient by queries and keys of packed documents, for tests that batch it."""
+
+    def gradient(q: Any, k: Any, ids: Any) -> Any:
+        def loss(q: Any, k: Any) -> Any:
+            mask = CAUSAL & attn.Segments(ids)
+            return passes(make_inputs(q, k, k, mask=mask, score_mod=attn.ALiBi(2)))[0].sum()
+
+        return jax.grad(loss, argnums=(0, 1))(q, k)
+
+    return gradient

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import pytest
 
-import eqx_transformer.attention as attn
 from eqx_transformer.attention._inputs import make_inputs
 from eqx_transformer.attention._kernels import pallas
 
-from .problems import CAUSAL, NAMED, Problem, gpu, like, marked
+from .problems import CAUSAL, NAMED, Problem, documents_gradient, gpu, like, marked
 
 TRITON = "__gpu$xla.gpu.triton"
 # Masks and score mods are the business of `test_every_pair.py`.
@@ -58,15 +57,8 @@ def test_every_size_of_head(dims, dtype):
 
 
 def test_batches_are_more_programs_of_one_call():
-    def gradient(q: Any, k: Any, ids: Any) -> Any:
-        def loss(q: Any, k: Any) -> Any:
-            mask = CAUSAL & attn.Segments(ids)
-            return pallas(make_inputs(q, k, k, mask=mask, score_mod=attn.ALiBi(2)))[0].sum()
-
-        return jax.grad(loss, argnums=(0, 1))(q, k)
-
     for axes, batch in [((0, None, 0), (3,)), ((0, 0, None), (3, 5))]:
-        function = gradient
+        function = documents_gradient(pallas)
         for _ in batch:
             function = jax.vmap(function, in_axes=axes)
         q = jnp.zeros((*batch, 64, 2, 16))
